@@ -1,0 +1,43 @@
+"""What a command says when its input cannot be used, and how it leaves."""
+
+import errno
+import functools
+import sys
+from collections.abc import Callable
+
+
+class UserError(ValueError):
+    """Bad input. The message is one line: what was expected, what was found, what to do."""
+
+
+def command(main: Callable[[list[str] | None], int]) -> Callable[[list[str] | None], int]:
+    """Turn the errors a user can cause into one line on stderr and an exit status.
+
+    ``UserError`` and a full disk exit with 2, Ctrl-C with 130. Anything else is a bug of
+    ours and keeps its traceback.
+    """
+
+    @functools.wraps(main)
+    def run(argv: list[str] | None = None) -> int:
+        try:
+            return main(argv)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except BrokenPipeError:
+            return 0
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            where = f" writing {error.filename}" if error.filename else ""
+            print(
+                f"error: no space left on the disk{where}; free some and run the same "
+                "command again, finished parts are kept",
+                file=sys.stderr,
+            )
+            return 2
+        except KeyboardInterrupt:
+            print("\ninterrupted", file=sys.stderr)
+            return 130
+
+    return run

@@ -1,0 +1,181 @@
+"""AgeVLM: a vision encoder and an mlx-lm language model that looks where it should.
+
+The model *is* an mlx-lm model: ``model(ids, cache=cache) -> logits``. ``model.see(images)``
+returns an ordinary prompt cache that also holds the images, so that everything in mlx-lm
+that takes a prompt cache works on images too.
+"""
+
+import math
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import ConcatenateKVCache, KVCache, RotatingKVCache, make_prompt_cache
+
+from ..config import ModelConfig
+from .cache import VisionCache
+from .cross_attention import MapRequest
+from .graft import build_language_model, graft, language_model_width
+from .projector import PROJECTORS
+from .vision import build_encoder
+
+
+class AgeVLM(nn.Module):
+    """Parameters: ``vision_tower.*``, ``multi_modal_projector.*``, ``language_model.*``, and
+    ``language_model.model.layers.{i}.cross_attn.*`` in the grafted layers."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model_type = config.model_type
+        self.fusion = config.fusion_config.fusion
+        self.vision_tower = build_encoder(config.vision_config)
+        self.language_model = build_language_model(config.text_config)
+        self._looking = graft(self.language_model, config.fusion_config)
+        self.multi_modal_projector = PROJECTORS[config.fusion_config.projector](
+            config.fusion_config,
+            self.vision_tower.width,
+            language_model_width(self.language_model),
+            self.vision_tower.grid,
+        )
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Gh, Gw of the tokens the text looks at; S = Gh * Gw."""
+        return self.multi_modal_projector.grid
+
+    @property
+    def vision_grid(self) -> tuple[int, int]:
+        """Gh, Gw of the vision encoder's own tokens."""
+        return self.vision_tower.grid
+
+    @property
+    def looking_layers(self) -> tuple[int, ...]:
+        """The decoder layers that look at the image: the grafted ones, or all for concat."""
+        return self._looking
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        return self.language_model.layers
+
+    @property
+    def args(self) -> Any:
+        return self.language_model.args
+
+    def make_cache(self) -> list[Any]:
+        """An empty prompt cache for text alone; images can be added to it by `see`."""
+        return self._wrap(make_prompt_cache(self.language_model))
+
+    def _wrap(self, cache: list[Any]) -> list[Any]:
+        return [VisionCache(c) if i in self._looking else c for i, c in enumerate(cache)]
+
+    def _one_pass_cache(self) -> list[Any]:
+        """Without mlx-lm's room for later tokens: for training and scoring."""
+        cache = make_prompt_cache(self.language_model)
+        plain = (KVCache, RotatingKVCache)
+        return self._wrap([ConcatenateKVCache() if isinstance(c, plain) else c for c in cache])
+
+    def encode(self, pixels: mx.array) -> mx.array:
+        """pixels f32 [B Hi Wi 3] -> z_vis [B S' Dv], the vision encoder's tokens."""
+        return self.vision_tower(pixels)
+
+    def project(self, z_vis: mx.array) -> mx.array:
+        """z_vis [B S' Dv] -> z_img [B S D], the tokens the text looks at."""
+        return self.multi_modal_projector(z_vis)
+
+    def see(self, images: mx.array, cache: list[Any] | None = None) -> list[Any]:
+        """Look once at images and return the prompt cache that remembers them.
+
+        images: f32 pixels [B Hi Wi 3], or [B M Hi Wi 3] for M images each. With a `cache`
+        (a conversation under way) the images are visible to the text from here on.
+        """
+        if images.ndim == 5:
+            B, M = images.shape[:2]
+            z_img = self.project(self.encode(images.flatten(0, 1)))
+            z_img = z_img.reshape(B, -1, z_img.shape[-1])
+        else:
+            z_img = self.project(self.encode(images))
+        return self.look(z_img, self.make_cache() if cache is None else cache)
+
+    def look(self, z_img: mx.array, cache: list[Any] | None = None, texts: int = 1) -> list[Any]:
+        """The same from projected tokens [B S D].
+
+        Without a `cache`, one for a single pass is made, in which each image may serve
+        `texts` consecutive text rows (rows b*R .. b*R+R-1 of the ids); keys and values of
+        an image are then computed once for all of its texts.
+        """
+        if cache is not None and texts != 1:
+            raise ValueError(f"expected texts=1 with a given cache, got {texts}")
+        cache = self._one_pass_cache() if cache is None else cache
+        if self.fusion == "concat":
+            return self._prefix(z_img, cache, texts)
+        for i in self._looking:
+            block = self.language_model.layers[i].cross_attn
+            first = cache[i].vision is None
+            keys, values = block.project(z_img, null=first)
+            cache[i].add(keys, values, texts=texts, null=block.null_slots)
+        return cache
+
+    def _prefix(self, z_img: mx.array, cache: list[Any], texts: int) -> list[Any]:
+        """Concat: the image tokens are the first tokens of the text's own cache."""
+        ids = mx.zeros(z_img.shape[:2], mx.int32)
+        at_start = isinstance(cache[0].offset, int) and cache[0].offset == 0
+        self.language_model.model(ids, cache=cache, input_embeddings=z_img)
+        for entry in cache:
+            if at_start:
+                entry.prefix = z_img.shape[1]
+            if texts > 1:
+                entry.text.keys = mx.repeat(entry.text.keys, texts, axis=0)
+                entry.text.values = mx.repeat(entry.text.values, texts, axis=0)
+        return cache
+
+    def __call__(
+        self,
+        inputs: mx.array,
+        cache: list[Any] | None = None,
+        input_embeddings: mx.array | None = None,
+    ) -> mx.array:
+        """ids int32 [B T] -> logits [B T V], as any mlx-lm model."""
+        if input_embeddings is not None:
+            return self.language_model(inputs, cache=cache, input_embeddings=input_embeddings)
+        return self.language_model(inputs, cache=cache)
+
+    def attend(
+        self,
+        inputs: mx.array,
+        cache: list[Any],
+        rows: mx.array,
+        cols: mx.array,
+        heads: int | None = None,
+    ) -> tuple[mx.array, mx.array]:
+        """Like the call, and where the tokens at (row, col) look.
+
+        rows, cols: int32 [P], positions in `inputs`. heads: keep only the first ones.
+        Returns logits [B T V] and maps fp32 [P L heads S]: for each of the L looking layers
+        the attention over the image tokens, without the null slot (and for concat without
+        the text), so a map sums to the share that goes to the image.
+        """
+        request = MapRequest(rows, cols, heads, [])
+        looking = [cache[i] for i in self._looking]
+        blind = [c for c in looking if c.vision is None and not c.prefix]
+        if blind:
+            raise ValueError("expected a cache with an image at its start: use see() or look()")
+        for entry in looking:
+            entry.request = request
+        try:
+            logits = self(inputs, cache)
+        finally:
+            for entry in looking:
+                entry.request = None
+        return logits, mx.stack(request.maps, axis=1)
+
+    def image_bytes(self, cache: list[Any]) -> int:
+        """Bytes that the images take in `cache`, whatever the length of the text."""
+        if self.fusion == "concat":
+            return sum(c.prefix * c.nbytes // max(c.offset, 1) for c in cache)
+        return sum(cache[i].vision.nbytes for i in self._looking if cache[i].vision)
+
+    @property
+    def num_image_tokens(self) -> int:
+        """S, the tokens of one image."""
+        return math.prod(self.grid)

@@ -1,0 +1,187 @@
+"""Gated cross-attention from text to image tokens, fused, with explicit maps on request.
+
+The block is the one of Flamingo (arXiv 2204.14198) and Llama-3.2-Vision, as AGE-VLM
+(arXiv 2511.17793) interleaves it in a small language model: RMSNorm, per-head norms of
+queries and keys, attention over the image tokens and one learnable null slot, and a tanh
+gate on the residual.
+"""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+
+#: A token position that no text ever reaches: image slots that start here are hidden.
+NEVER = 2**30
+
+
+@dataclass
+class VisionKV:
+    """What one layer keeps of the images: keys and values, and who may look at them.
+
+    keys, values: [B K S H], with the null slot (if the layer has one) at index 0.
+    start: None when every text position sees every slot, else int32 [B S]: the first text
+        position that may attend to the slot (``NEVER`` for padding).
+    texts: R, the number of consecutive text rows that share each row of keys.
+    null: number of null slots, 0 or 1.
+    """
+
+    keys: mx.array
+    values: mx.array
+    start: mx.array | None = None
+    texts: int = 1
+    null: int = 1
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+    def starts(self) -> mx.array:
+        """int32 [B S], also when every slot is visible from the beginning."""
+        if self.start is not None:
+            return self.start
+        B, _, S, _ = self.keys.shape
+        return mx.zeros((B, S), mx.int32)
+
+    def visible(self, offset: int | mx.array, T: int) -> mx.array | None:
+        """bool [B T S] for the text positions ``offset .. offset+T-1``; None means all."""
+        if self.start is None:
+            return None
+        positions = mx.reshape(mx.array(offset), (-1, 1)) + mx.arange(T)  # [1 or B] T
+        return positions[..., None] >= self.start[:, None, :]
+
+
+@dataclass
+class MapRequest:
+    """Query positions whose attention over the image is wanted, and where it is put.
+
+    rows, cols: int32 [P], text row and position within the current call.
+    heads: how many heads, counted from the first; None for all.
+    maps: filled by each layer with fp32 [P heads S] (without the null slot).
+    """
+
+    rows: mx.array
+    cols: mx.array
+    heads: int | None
+    maps: list[mx.array]
+
+
+class GatedCrossAttention(nn.Module):
+    """``x + tanh(gate) * attention(norm(x), image)``, the identity when the gate is 0."""
+
+    def __init__(
+        self,
+        dim: int,
+        n_heads: int,
+        n_kv_heads: int,
+        head_dim: int,
+        *,
+        eps: float = 1e-5,
+        null_slot: bool = True,
+        gate_init: float = 0.0,
+        mlp_dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.n_heads, self.n_kv_heads, self.head_dim = n_heads, n_kv_heads, head_dim
+        self.scale = head_dim**-0.5
+        self.norm = nn.RMSNorm(dim, eps)
+        self.q_proj = nn.Linear(dim, n_heads * head_dim, bias=False)
+        self.k_proj = nn.Linear(dim, n_kv_heads * head_dim, bias=False)
+        self.v_proj = nn.Linear(dim, n_kv_heads * head_dim, bias=False)
+        self.o_proj = nn.Linear(n_heads * head_dim, dim, bias=False)
+        self.q_norm = nn.RMSNorm(head_dim, eps)
+        self.k_norm = nn.RMSNorm(head_dim, eps)
+        self.gate = mx.full((1,), gate_init)
+        if null_slot:
+            self.null_key = mx.zeros((n_kv_heads, head_dim))
+            self.null_value = mx.zeros((n_kv_heads, head_dim))
+        if mlp_dim:
+            self.mlp_norm = nn.RMSNorm(dim, eps)
+            self.up_proj = nn.Linear(dim, mlp_dim, bias=False)
+            self.down_proj = nn.Linear(mlp_dim, dim, bias=False)
+            self.mlp_gate = mx.full((1,), gate_init)
+
+    @property
+    def null_slots(self) -> int:
+        return int("null_key" in self)
+
+    def project(self, z_img: mx.array, *, null: bool = True) -> tuple[mx.array, mx.array]:
+        """Keys and values [B K S H] of image tokens [B S D]; the null slot first if asked."""
+        B, S, _ = z_img.shape
+        shape = (B, S, self.n_kv_heads, self.head_dim)
+        keys = self.k_norm(self.k_proj(z_img).reshape(shape)).swapaxes(1, 2)
+        values = self.v_proj(z_img).reshape(shape).swapaxes(1, 2)
+        if null and self.null_slots:
+            head = (B, self.n_kv_heads, 1, self.head_dim)
+            null_key, null_value = self.null_key[None, :, None], self.null_value[None, :, None]
+            keys = mx.concatenate([mx.broadcast_to(null_key, head), keys], axis=2)
+            values = mx.concatenate([mx.broadcast_to(null_value, head), values], axis=2)
+        return keys, values
+
+    def __call__(
+        self,
+        x: mx.array,
+        vision: VisionKV,
+        offset: int | mx.array = 0,
+        request: MapRequest | None = None,
+    ) -> mx.array:
+        """x [B*R T D] at text positions ``offset ..`` -> the same shape.
+
+        With a `request` the attention of the asked rows is appended to ``request.maps``.
+        """
+        rows, T, D = x.shape
+        B, R = rows // vision.texts, vision.texts
+        if B != vision.keys.shape[0]:
+            raise ValueError(
+                f"expected {vision.keys.shape[0]} x {R} text rows for these images, got {rows}"
+            )
+        q = self.q_norm(self.q_proj(self.norm(x)).reshape(B, R * T, self.n_heads, self.head_dim))
+        q = q.swapaxes(1, 2)  # B N R*T H
+        seen, mask = vision.visible(offset, T), None
+        if seen is not None:
+            if R > 1:
+                raise ValueError("images that start later need one text row each (texts=1)")
+            # A position that sees no image adds nothing below; slot 0 keeps its softmax finite.
+            mask = seen | (mx.arange(seen.shape[-1]) == 0)
+            mask = mask[:, None]
+        if request is not None:
+            request.maps.append(self.attention_map(q, vision, mask, T, request))
+        out = mx.fast.scaled_dot_product_attention(
+            q, vision.keys, vision.values, scale=self.scale, mask=mask
+        )
+        out = self.o_proj(out.swapaxes(1, 2).reshape(rows, T, -1)) * mx.tanh(self.gate)
+        if "mlp_gate" in self:
+            hidden = nn.relu2(self.up_proj(self.mlp_norm(x + out)))
+            out = out + self.down_proj(hidden) * mx.tanh(self.mlp_gate)
+        if seen is not None:
+            looks = seen[..., vision.null :].any(axis=-1, keepdims=True)  # B T 1
+            out = mx.where(looks, out, 0)
+        return x + out
+
+    def attention_map(
+        self,
+        q: mx.array,
+        vision: VisionKV,
+        mask: mx.array | None,
+        T: int,
+        request: MapRequest,
+    ) -> mx.array:
+        """fp32 softmax rows [P heads S] of queries [B N R*T H]; the null slot is left out.
+
+        Scores are computed for the wanted heads and gathered before the softmax: a gather of
+        keys would be cheaper in arithmetic but its gradient is a slow scatter.
+        """
+        heads = request.heads or self.n_heads
+        keys = vision.keys.astype(mx.float32)
+        group = self.n_heads // self.n_kv_heads
+        if group > 1:
+            keys = mx.repeat(keys, group, axis=1)
+        q = q[:, :heads].astype(mx.float32) * self.scale
+        scores = q @ keys[:, :heads].swapaxes(-1, -2)  # B heads R*T S
+        image = request.rows // vision.texts
+        column = (request.rows % vision.texts) * T + request.cols
+        scores = scores.swapaxes(1, 2)[image, column]  # P heads S
+        if mask is not None:
+            allowed = mx.broadcast_to(mask, (*mask.shape[:2], T, mask.shape[-1]))
+            scores = mx.where(allowed[image, 0, column][:, None], scores, -mx.inf)
+        return mx.softmax(scores, axis=-1)[..., vision.null :]

@@ -1,0 +1,49 @@
+"""Vision encoders. To add one: a file here with a config dataclass and a module that has
+``grid``, ``width``, ``preprocessing`` and ``__call__``, and one line in `VISION_ENCODERS`.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ...config import from_dict
+from ...errors import UserError
+from . import siglip, vit
+
+
+class VisionEncoder(Protocol):
+    """What the rest of the model needs to know of an encoder."""
+
+    #: Tokens down and across, Gh Gw.
+    grid: tuple[int, int]
+    #: Dv, the width of a token.
+    width: int
+
+    def __call__(self, pixels: mx.array) -> mx.array:
+        """f32 [B Hi Wi 3] -> z_vis [B Gh*Gw Dv]."""
+        ...
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """The ``preprocessor_config.json`` of the pixels it was trained with."""
+        ...
+
+
+#: ``vision_config.model_type`` -> (config class, module class)
+VISION_ENCODERS: dict[str, tuple[type, type[nn.Module]]] = {
+    "agevlm_vit": (vit.VitConfig, vit.VitEncoder),
+    "siglip_vision_model": (siglip.SiglipConfig, siglip.SiglipEncoder),
+}
+
+
+def build_encoder(config: Mapping[str, Any]) -> Any:
+    """The encoder of a ``vision_config`` table, with random weights."""
+    kind = config["model_type"]
+    if kind not in VISION_ENCODERS:
+        raise UserError(
+            f"vision_config.model_type: expected {' or '.join(VISION_ENCODERS)}, got {kind!r}"
+        )
+    config_class, encoder = VISION_ENCODERS[kind]
+    return encoder(from_dict(config_class, config, "vision_config"))

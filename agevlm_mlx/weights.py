@@ -1,0 +1,211 @@
+"""Checkpoint folders: load, check and save (layout: ``ARCHITECTURE.md``, "Formats")."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.tokenizer_utils import load as load_tokenizer
+from mlx_lm.utils import save_model as write_shards
+
+from .config import ModelConfig, from_dict, read_json, to_dict
+from .data.image import Preprocessor
+from .errors import UserError
+from .models.agevlm import AgeVLM
+
+#: Where ``make demo`` leaves its model; preferred over the shipped one when it is there.
+DEMO_MODEL = Path("runs/demo/guided")
+#: Parameters of the teacher's side (guidance and distillation heads): dropped from checkpoints.
+TEACHER_PREFIX = "sam_"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to use and everything that belongs to it."""
+
+    model: AgeVLM
+    tokenizer: TokenizerWrapper
+    preprocessor: Preprocessor
+    path: Path
+
+
+def shipped(name: str) -> Path:
+    """A folder of the package's own assets: ``model``, ``encoder`` or ``teacher``."""
+    return Path(str(resources.files("agevlm_mlx"))) / "assets" / name
+
+
+def resolve(source: str | Path | None) -> Path:
+    """The checkpoint folder of a path, a Hugging Face id, or the default (None)."""
+    if source is None:
+        return DEMO_MODEL if (DEMO_MODEL / "config.json").is_file() else shipped("model")
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise UserError(f"{path}: expected a checkpoint folder, got a file; pass its folder")
+    text = str(source)
+    if text.count("/") != 1 or text.startswith((".", "/", "~")):
+        raise UserError(f"{path}: no such folder; pass a checkpoint folder or a hub id like org/name")
+    return _download(text)
+
+
+def _download(repo: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "model*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]
+    try:
+        return Path(snapshot_download(repo, allow_patterns=patterns))
+    except Exception as error:  # the hub's client raises a dozen kinds of its own
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{repo}: not a folder here, and not downloaded from the hub ({reason}); "
+            "offline, pass the path of a folder"
+        ) from None
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The ``config.json`` of a checkpoint folder."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder}: expected an AgeVLM checkpoint, found no config.json in it")
+    data = read_json(path)
+    kind = data.get("model_type") if isinstance(data, dict) else None
+    if kind != "agevlm":
+        raise UserError(f"{path}: expected model_type 'agevlm', got {kind!r}; this is another model")
+    data.pop("quantization_config", None)  # a copy of `quantization`, for the hub's pages
+    return from_dict(ModelConfig, data, str(path))
+
+
+def read_weights(folder: Path) -> dict[str, mx.array]:
+    """Every tensor of a checkpoint folder, from one file or from shards."""
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.is_file():
+        names = sorted(set(read_json(index)["weight_map"].values()))
+    weights: dict[str, mx.array] = {}
+    for name in names:
+        path = folder / name
+        if Path(name).name != name or not path.is_file():
+            raise UserError(f"{path}: missing; the checkpoint is incomplete")
+        try:
+            weights.update(mx.load(str(path)))  # pyright: ignore[reportArgumentType, reportCallIssue]
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"{path}: not a readable safetensors file: {error}") from None
+    return weights
+
+
+def assign(module: nn.Module, weights: Mapping[str, mx.array], where: object) -> None:
+    """Give `module` exactly these weights; ``UserError`` lists what is missing, extra or of
+    another shape."""
+    own = dict(tree_flatten(module.parameters()))
+    problems = [f"missing {k}" for k in own if k not in weights]
+    problems += [f"unexpected {k}" for k in weights if k not in own]
+    problems += [
+        f"{k} expected {own[k].shape}, got {weights[k].shape}"
+        for k in own
+        if k in weights and own[k].shape != weights[k].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise UserError(
+            f"{where}: weights of another architecture: {'; '.join(problems[:4])}{more}"
+        )
+    module.load_weights(list(weights.items()))
+
+
+def quantize(model: AgeVLM, settings: Mapping[str, Any], stored: Mapping[str, mx.array]) -> None:
+    """Replace the layers that `stored` holds quantised weights for."""
+    nn.quantize(
+        model,
+        group_size=settings["group_size"],
+        bits=settings["bits"],
+        class_predicate=lambda path, module: f"{path}.scales" in stored,
+    )
+
+
+def load(source: str | Path | None = None) -> Loaded:
+    """Load a checkpoint folder or hub id; None takes the demo's model or the shipped one.
+
+    Raises ``UserError`` when something is missing or belongs to another architecture.
+    """
+    folder = resolve(source)
+    config = read_config(folder)
+    model = AgeVLM(config)
+    weights = read_weights(folder)
+    if config.quantization:
+        quantize(model, config.quantization, weights)
+    assign(model, weights, folder)
+    model.eval()
+    mx.eval(model.parameters())
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(f"{folder}: found no tokenizer.json; the checkpoint is incomplete")
+    preprocessor = Preprocessor.from_dict(
+        read_json(folder / "preprocessor_config.json"), str(folder / "preprocessor_config.json")
+    )
+    return Loaded(model, load_tokenizer(folder), preprocessor, folder)
+
+
+def load_encoder(model: AgeVLM, source: str | Path) -> None:
+    """Initialise the vision tower from a folder of encoder weights (``shipped`` or a path)."""
+    folder = shipped("encoder") if source == "shipped" else Path(source)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; expected one with model.safetensors")
+    assign(model.vision_tower, read_weights(folder), folder)
+
+
+def save_model(
+    folder: Path,
+    model: AgeVLM,
+    tokenizer: Any,
+    preprocessor: Preprocessor,
+    card: str,
+    *,
+    quantization: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a checkpoint folder that `load` reads.
+
+    Files are written aside, synced and moved into place, ``config.json`` last, so that an
+    interrupted save never leaves a folder that looks whole.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config = to_dict(model.config)
+    if quantization:
+        config["quantization"] = dict(quantization)
+    if "quantization" in config:
+        config["quantization_config"] = config["quantization"]
+    aside = Path(tempfile.mkdtemp(dir=folder, prefix=".saving-"))
+    try:
+        write_shards(aside, model)
+        _write_json(aside / "preprocessor_config.json", preprocessor.to_dict())
+        (aside / "README.md").write_text(card, encoding="utf-8")
+        tokenizer.save_pretrained(str(aside))
+        _write_json(aside / "config.json", config)
+        names = sorted(p.name for p in aside.iterdir() if p.is_file())
+        for name in sorted(names, key=lambda n: n == "config.json"):
+            with open(aside / name, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(aside / name, folder / name)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def fingerprint(folder: Path) -> str:
+    """sha256 (first 16 hex digits) over a checkpoint's config and weights."""
+    digest = hashlib.sha256()
+    for path in sorted([folder / "config.json", *folder.glob("model*.safetensors")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
