@@ -3,11 +3,15 @@
 from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
+from .openblas import preload
+
 if TYPE_CHECKING:
     from .config import ModelConfig
     from .generate import generate, stream_generate
     from .models.agevlm import AgeVLM
     from .weights import load
+
+preload()  # before anything imports mlx
 
 try:
     __version__ = metadata.version("agevlm-mlx")

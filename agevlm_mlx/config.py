@@ -40,10 +40,7 @@ def from_dict(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
     for name, spec in fields.items():
         if name in data:
             values[name] = _convert(hints[name], data[name], f"{prefix}{name}")
-        elif (
-            spec.default is dataclasses.MISSING
-            and spec.default_factory is dataclasses.MISSING
-        ):
+        elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
             raise UserError(f"{prefix}{name}: missing; expected {_describe(hints[name])}")
     return cls(**values)
 

@@ -55,7 +55,9 @@ def resolve(source: str | Path | None) -> Path:
         raise UserError(f"{path}: expected a checkpoint folder, got a file; pass its folder")
     text = str(source)
     if text.count("/") != 1 or text.startswith((".", "/", "~")):
-        raise UserError(f"{path}: no such folder; pass a checkpoint folder or a hub id like org/name")
+        raise UserError(
+            f"{path}: no such folder; pass a checkpoint folder or a hub id like org/name"
+        )
     return _download(text)
 
 
@@ -81,7 +83,9 @@ def read_config(folder: Path) -> ModelConfig:
     data = read_json(path)
     kind = data.get("model_type") if isinstance(data, dict) else None
     if kind != "agevlm":
-        raise UserError(f"{path}: expected model_type 'agevlm', got {kind!r}; this is another model")
+        raise UserError(
+            f"{path}: expected model_type 'agevlm', got {kind!r}; this is another model"
+        )
     data.pop("quantization_config", None)  # a copy of `quantization`, for the hub's pages
     return from_dict(ModelConfig, data, str(path))
 

@@ -90,7 +90,7 @@ class AgeVLM(nn.Module):
         (a conversation under way) the images are visible to the text from here on.
         """
         if images.ndim == 5:
-            B, M = images.shape[:2]
+            B = images.shape[0]
             z_img = self.project(self.encode(images.flatten(0, 1)))
             z_img = z_img.reshape(B, -1, z_img.shape[-1])
         else:

@@ -40,9 +40,7 @@ def stack(parts: Sequence[tuple[VisionKV | None, int]]) -> VisionKV | None:
     if not present:
         return None
     size = max(v.keys.shape[2] for v in present)
-    aligned = all(
-        v is not None and v.start is None and v.keys.shape[2] == size for v, _ in parts
-    )
+    aligned = all(v is not None and v.start is None and v.keys.shape[2] == size for v, _ in parts)
     full = [_blind(present[0], n) if v is None else v for v, n in parts]
     if not aligned:
         full = [_pad(v, size) for v in full]
@@ -71,7 +69,12 @@ class VisionCache:
 
     def __getattr__(self, name: str) -> Any:
         # Everything that concerns the text (update_and_fetch, make_mask, trim, bits, ...).
-        if name in ("text", "vision", "prefix", "request"):  # not yet set: copy and from_state get here
+        if name in (
+            "text",
+            "vision",
+            "prefix",
+            "request",
+        ):  # not yet set: copy and from_state get here
             raise AttributeError(name)
         value = getattr(self.text, name)
         if name == "to_quantized":

@@ -129,9 +129,9 @@ class GatedCrossAttention(nn.Module):
 
         With a `request` the attention of the asked rows is appended to ``request.maps``.
         """
-        rows, T, D = x.shape
+        rows, T, _ = x.shape
         B, R = rows // vision.texts, vision.texts
-        if B != vision.keys.shape[0]:
+        if vision.keys.shape[0] != B:
             raise ValueError(
                 f"expected {vision.keys.shape[0]} x {R} text rows for these images, got {rows}"
             )

@@ -64,7 +64,11 @@ def language_model_width(lm: nn.Module) -> int:
 def graft(lm: nn.Module, config: FusionConfig) -> tuple[int, ...]:
     """Make `lm` look at images, in place; returns the layers that do."""
     layers = getattr(lm, "layers", None)
-    if not layers or not hasattr(lm, "model") or not hasattr(getattr(lm, "args", None), "hidden_size"):
+    if (
+        not layers
+        or not hasattr(lm, "model")
+        or not hasattr(getattr(lm, "args", None), "hidden_size")
+    ):
         raise UserError(
             f"text_config.model_type: {type(lm).__module__.rpartition('.')[2]} cannot be grafted; "
             "expected an mlx-lm model with .model, .layers and args.hidden_size"

@@ -41,8 +41,8 @@ class PixelShuffleProjector(nn.Module):
         self.factor = f = config.pixel_shuffle_factor
         if f < 1 or grid[0] % f or grid[1] % f:
             raise UserError(
-                f"fusion_config.pixel_shuffle_factor: expected a divisor of the {grid[0]}x{grid[1]} "
-                f"token grid, got {f}"
+                f"fusion_config.pixel_shuffle_factor: expected a divisor of the "
+                f"{grid[0]}x{grid[1]} token grid, got {f}"
             )
         self.vision_grid = grid
         self.grid = (grid[0] // f, grid[1] // f)

@@ -1,0 +1,240 @@
+"""From any image file to the model's pixels, and from there back to the picture.
+
+One `Geometry` describes the resize, crop or padding of an image exactly, so that masks,
+boxes and attention maps take the same way as the pixels, in both directions. PIL and numpy
+only.
+"""
+
+import hashlib
+import io
+import json
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from ..config import from_dict
+from ..errors import UserError
+
+#: Pixels beyond which an image is refused before it is decoded.
+MAX_PIXELS = 50_000_000
+
+
+def load_image(
+    source: str | Path | bytes | Image.Image, *, max_pixels: int = MAX_PIXELS
+) -> Image.Image:
+    """Decode an image as upright RGB.
+
+    Any mode becomes 8-bit RGB (transparency over white, 16-bit and float scaled), EXIF
+    rotation is applied, an animation gives its first frame. ``UserError`` for what is
+    missing, no image, truncated, empty or larger than `max_pixels`.
+    """
+    name = "image" if isinstance(source, bytes | Image.Image) else str(source)
+    image = source if isinstance(source, Image.Image) else _open(source, name)
+    width, height = image.size
+    if width == 0 or height == 0:
+        raise UserError(f"{name}: expected an image with pixels, got {width}x{height}")
+    if width * height > max_pixels:
+        raise UserError(
+            f"{name}: expected at most {max_pixels / 1e6:g} megapixels, got {width}x{height}; "
+            "make it smaller first"
+        )
+    try:
+        image = ImageOps.exif_transpose(image)
+        return _rgb(image)
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise UserError(f"{name}: damaged or truncated image: {error}") from None
+
+
+def _open(source: str | Path | bytes, name: str) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            # Our own limit is checked right after, before any pixel is decoded.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            if isinstance(source, bytes):
+                return Image.open(io.BytesIO(source))
+            return Image.open(Path(source).expanduser())
+    except FileNotFoundError:
+        raise UserError(f"{name}: no such file") from None
+    except IsADirectoryError:
+        raise UserError(f"{name}: expected an image file, got a folder") from None
+    except Image.DecompressionBombError:
+        raise UserError(
+            f"{name}: too many pixels to decode safely; make it smaller first"
+        ) from None
+    except (OSError, SyntaxError, ValueError) as error:
+        if isinstance(error, PermissionError):
+            raise UserError(f"{name}: not readable (permission denied)") from None
+        raise UserError(
+            f"{name}: not an image that can be read (expected PNG, JPEG, ...)"
+        ) from None
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        image.load()
+        return image
+    if image.mode in ("I", "F", "I;16", "I;16B", "I;16L", "I;16N"):
+        values = np.asarray(image, np.float64)
+        top = 65535.0 if image.mode != "F" else 1.0
+        if image.mode in ("I", "F"):  # no fixed range: 8-bit, 16-bit or 0..1 numbers
+            peak = float(np.nanmax(values)) if values.size else 0.0
+            top = next((t for t in (1.0, 255.0, 65535.0) if peak <= t), peak)
+            top = 255.0 if image.mode == "I" and peak <= 255 else top
+        grey = np.clip(np.nan_to_num(values) / top * 255, 0, 255).astype(np.uint8)
+        return Image.fromarray(grey).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+@lru_cache(maxsize=64)
+def _area_weights(source: int, scale: float, offset: float, size: int, cells: int) -> np.ndarray:
+    """f32 [cells source]: the share of each cell of the input that each source pixel covers."""
+    edges = np.arange(source + 1) * scale + offset
+    borders = np.linspace(0, size, cells + 1)
+    low = np.maximum(edges[:-1][None], borders[:-1][:, None])
+    high = np.minimum(edges[1:][None], borders[1:][:, None])
+    return (np.maximum(high - low, 0) / (size / cells)).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a picture of width x height px became image_size x image_size input px:
+    ``input = source * scale + offset`` along each axis."""
+
+    width: int
+    height: int
+    image_size: int
+    scale_x: float
+    scale_y: float
+    offset_x: float
+    offset_y: float
+
+    def to_input(self, points: np.ndarray) -> np.ndarray:
+        """[n 2] x, y in the picture -> the same in the model's input."""
+        scale, offset = (self.scale_x, self.scale_y), (self.offset_x, self.offset_y)
+        return np.asarray(points, np.float64) * scale + offset
+
+    def to_source(self, points: np.ndarray) -> np.ndarray:
+        """[n 2] x, y in the model's input -> the same in the picture."""
+        scale, offset = (self.scale_x, self.scale_y), (self.offset_x, self.offset_y)
+        return (np.asarray(points, np.float64) - offset) / scale
+
+    def input_boxes(self, boxes: np.ndarray) -> np.ndarray:
+        """[n 4] x0 y0 x1 y1 in the picture -> the same in the model's input, cut to it."""
+        corners = self.to_input(np.asarray(boxes, np.float64).reshape(-1, 2))
+        return np.clip(corners, 0, self.image_size).reshape(-1, 4)
+
+    def mask_to_grid(self, mask: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+        """bool [height width] -> f32 [Gh*Gw]: how much of each token's cell the mask covers."""
+        if mask.shape != (self.height, self.width):
+            raise ValueError(
+                f"expected a mask of {self.height}x{self.width} (rows x columns), got {mask.shape}"
+            )
+        Gh, Gw = grid
+        down = _area_weights(self.height, self.scale_y, self.offset_y, self.image_size, Gh)
+        across = _area_weights(self.width, self.scale_x, self.offset_x, self.image_size, Gw)
+        return np.clip(down @ mask.astype(np.float32) @ across.T, 0, 1).reshape(-1)
+
+    def grid_to_source(self, values: np.ndarray) -> np.ndarray:
+        """f32 [Gh Gw] over the input -> f32 [height width] over the picture, bilinear between
+        the cells' centres; padding is cut off, what a crop removed gets the nearest value."""
+        Gh, Gw = values.shape
+        rows = self._cells(self.height, self.scale_y, self.offset_y, Gh)
+        columns = self._cells(self.width, self.scale_x, self.offset_x, Gw)
+        return (rows @ values.astype(np.float32) @ columns.T).astype(np.float32)
+
+    def _cells(self, length: int, scale: float, offset: float, cells: int) -> np.ndarray:
+        """f32 [length cells] interpolation weights of the picture's pixel centres."""
+        at = ((np.arange(length) + 0.5) * scale + offset) / self.image_size * cells - 0.5
+        at = np.clip(at, 0, cells - 1)
+        low = np.minimum(np.floor(at).astype(int), max(cells - 2, 0))
+        weights = np.zeros((length, cells), np.float32)
+        weights[np.arange(length), np.minimum(low + 1, cells - 1)] = at - low
+        weights[np.arange(length), low] = 1 - (at - low) if cells > 1 else 1
+        return weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessor:
+    """The pixels a vision encoder was trained with (``preprocessor_config.json``).
+
+    resize: ``pad`` fits the longer side and centres the picture on the mean colour, ``crop``
+    fits the shorter side and cuts the centre, ``stretch`` ignores the aspect ratio.
+    """
+
+    image_size: int = 64
+    resize: Literal["pad", "crop", "stretch"] = "pad"
+    resample: Literal["bilinear", "bicubic"] = "bilinear"
+    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+    def __post_init__(self) -> None:
+        if self.image_size < 1 or min(self.image_std) <= 0:
+            raise UserError(
+                "preprocessor: expected image_size >= 1 and image_std > 0, got "
+                f"{self.image_size} and {list(self.image_std)}"
+            )
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], where: str = "preprocessor") -> "Preprocessor":
+        """The settings of a ``preprocessor_config.json``; ``UserError`` for unknown keys."""
+        return from_dict(cls, data, where)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return json.loads(json.dumps(asdict(self)))
+
+    def fingerprint(self) -> str:
+        """Changes whenever masks would fall on other cells; colours do not matter for that."""
+        key = f"{self.image_size} {self.resize}"
+        return hashlib.sha256(key.encode()).hexdigest()[:16]
+
+    def geometry(self, width: int, height: int) -> Geometry:
+        """Where the pixels of a width x height picture go."""
+        size = self.image_size
+        if self.resize == "stretch":
+            return Geometry(width, height, size, size / width, size / height, 0.0, 0.0)
+        fit = (min if self.resize == "pad" else max)(size / width, size / height)
+        # Whole pixels, as PIL resizes to them; the exact scale follows from the rounding.
+        new = [max(1, math.floor(side * fit + 0.5)) for side in (width, height)]
+        if self.resize == "crop":
+            new = [max(size, side) for side in new]
+        offsets = [math.floor((size - side) / 2) for side in new]
+        return Geometry(
+            width, height, size, new[0] / width, new[1] / height, offsets[0], offsets[1]
+        )
+
+    def __call__(self, image: Image.Image) -> tuple[np.ndarray, Geometry]:
+        """An RGB image -> normalised pixels f32 [Hi Wi 3], and their geometry."""
+        squeezed, geometry = self.resized(image)
+        return self.normalise(np.asarray(squeezed)), geometry
+
+    def normalise(self, values: np.ndarray) -> np.ndarray:
+        """uint8 [... 3] input pixels -> f32, as the call does."""
+        mean, std = np.float32(self.image_mean), np.float32(self.image_std)
+        return (values.astype(np.float32) / 255 - mean) / std
+
+    def resized(self, image: Image.Image) -> tuple[Image.Image, Geometry]:
+        """The RGB image in the input's size, before normalisation."""
+        size, geometry = self.image_size, self.geometry(*image.size)
+        new = round(image.width * geometry.scale_x), round(image.height * geometry.scale_y)
+        resample = (
+            Image.Resampling.BILINEAR if self.resample == "bilinear" else Image.Resampling.BICUBIC
+        )
+        squeezed = image.resize(new, resample)
+        if new == (size, size):
+            return squeezed, geometry
+        fill = tuple(round(255 * m) for m in self.image_mean)
+        canvas = Image.new("RGB", (size, size), fill)
+        canvas.paste(squeezed, (int(geometry.offset_x), int(geometry.offset_y)))
+        return canvas, geometry

@@ -1,0 +1,321 @@
+"""Scores as pure functions on numbers and strings: no model, no files, no MLX.
+
+Each is checked against a table worked out by hand in ``tests/evaluation/test_metrics.py``.
+Where a published benchmark fixes a rule, the rule is followed to the letter and named.
+"""
+
+import re
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+Weights = np.ndarray  # f64[boots images]: how often each image was drawn
+Numbers = Sequence[float] | Sequence[bool] | np.ndarray
+
+
+def divide(numerator: float, denominator: float) -> float:
+    """The quotient, or 0 when there is nothing to divide by (no answer, no mention)."""
+    return float(numerator) / float(denominator) if denominator else 0.0
+
+
+# --- yes or no -------------------------------------------------------------------------------
+
+
+def parse_yes_no(answer: str) -> bool:
+    """True for "yes", by the rule of POPE's own evaluate.py.
+
+    Text before the first full stop, commas removed, split at spaces: "no" if any word is
+    exactly ``No``, ``not`` or ``no``. Everything else is "yes", an empty answer included.
+    """
+    words = answer.partition(".")[0].replace(",", "").split(" ")
+    return not any(word in ("No", "not", "no") for word in words)
+
+
+@dataclass(frozen=True)
+class YesNo:
+    """Counts of a yes/no test; "yes" is the positive class, as in POPE."""
+
+    true_positive: int
+    false_positive: int
+    true_negative: int
+    false_negative: int
+
+    @classmethod
+    def count(cls, predicted: Numbers, labels: Numbers) -> "YesNo":
+        """Count answers against labels (True = yes)."""
+        p, y = np.asarray(predicted, bool), np.asarray(labels, bool)
+        if p.shape != y.shape:
+            raise ValueError(f"{len(p)} answers for {len(y)} labels")
+        return cls(
+            int((p & y).sum()), int((p & ~y).sum()), int((~p & ~y).sum()), int((~p & y).sum())
+        )
+
+    @property
+    def total(self) -> int:
+        return self.true_positive + self.false_positive + self.true_negative + self.false_negative
+
+    @property
+    def accuracy(self) -> float:
+        return divide(self.true_positive + self.true_negative, self.total)
+
+    @property
+    def precision(self) -> float:
+        return divide(self.true_positive, self.true_positive + self.false_positive)
+
+    @property
+    def recall(self) -> float:
+        return divide(self.true_positive, self.true_positive + self.false_negative)
+
+    @property
+    def f1(self) -> float:
+        return divide(
+            2 * self.true_positive,
+            2 * self.true_positive + self.false_positive + self.false_negative,
+        )
+
+    @property
+    def yes_ratio(self) -> float:
+        """Share of answers that are "yes" (of the answers, not of the labels)."""
+        return divide(self.true_positive + self.false_positive, self.total)
+
+    def as_dict(self) -> dict[str, float]:
+        names = ("accuracy", "precision", "recall", "f1", "yes_ratio")
+        return {name: getattr(self, name) for name in names}
+
+
+# --- matching --------------------------------------------------------------------------------
+
+
+def auroc(positive: Numbers, negative: Numbers) -> float:
+    """P(a positive scores above a negative) over all pairs, a tie counting one half."""
+    p, n = np.asarray(positive, np.float64), np.sort(np.asarray(negative, np.float64))
+    if not len(p) or not len(n):
+        return float("nan")
+    below = np.searchsorted(n, p, side="left") + np.searchsorted(n, p, side="right")
+    return float(below.sum() / (2 * len(p) * len(n)))
+
+
+def paired_win_rate(true: Numbers, other: Numbers) -> float:
+    """Share of pairs in which the true item scores above its own counterpart, ties one half."""
+    t, o = np.asarray(true, np.float64), np.asarray(other, np.float64)
+    if t.shape != o.shape:
+        raise ValueError(f"{len(t)} scores paired with {len(o)}")
+    return float(np.mean((t > o) + 0.5 * (t == o))) if len(t) else float("nan")
+
+
+# --- objects in captions ---------------------------------------------------------------------
+
+
+class NounVocabulary:
+    """Finds known nouns in free text: lower case, punctuation ignored, the longest noun first.
+
+    A noun may have several words ("traffic light" is not also a "light"). Plurals are found by
+    the simple English rules (-s, -es, -y to -ies); a verb or adjective of the same spelling is
+    not told apart.
+    """
+
+    def __init__(self, nouns: Collection[str], synonyms: Mapping[str, str] | None = None) -> None:
+        """`synonyms` maps further spellings to one of `nouns`."""
+        spellings = {noun: noun for noun in nouns} | dict(synonyms or {})
+        self._nouns = {
+            form: noun
+            for spelling, noun in spellings.items()
+            for form in _with_plural(tuple(_words(spelling)))
+        }
+        # A plural rule may collide with a real noun (glass, glasses): the real one wins.
+        self._nouns |= {tuple(_words(spelling)): noun for spelling, noun in spellings.items()}
+        self._longest = max((len(form) for form in self._nouns), default=0)
+
+    def mentions(self, text: str) -> list[str]:
+        """The nouns of `text` in order, a repeated one each time it is said."""
+        words, found, at = _words(text), [], 0
+        while at < len(words):
+            for length in range(min(self._longest, len(words) - at), 0, -1):
+                noun = self._nouns.get(tuple(words[at : at + length]))
+                if noun is not None:
+                    found.append(noun)
+                    at += length
+                    break
+            else:
+                at += 1
+        return found
+
+
+def _words(text: str) -> list[str]:
+    words = re.findall(r"[^\W_]+(?:['\u2019-][^\W_]+)*", text.lower())
+    return [re.sub(r"['\u2019]s$", "", word) for word in words]
+
+
+def _with_plural(words: tuple[str, ...]) -> set[tuple[str, ...]]:
+    *head, last = words
+    if re.search(r"(s|x|z|ch|sh)$", last):
+        plurals = {last + "es"}
+    elif re.search(r"[^aeiou]y$", last):
+        plurals = {last[:-1] + "ies"}
+    elif last.endswith("o"):
+        plurals = {last + "s", last + "es"}
+    else:
+        plurals = {last + "s"}
+    return {words, *((*head, plural) for plural in plurals)}
+
+
+@dataclass(frozen=True)
+class Chair:
+    """Object hallucination in captions (Rohrbach et al., 2018), and how much was said at all.
+
+    ``chair_i``: mentions of absent objects / all mentions. ``chair_s``: captions with at least
+    one / captions. ``recall``: present objects mentioned / present objects.
+    """
+
+    chair_i: float
+    chair_s: float
+    recall: float
+    mentions: float
+
+
+def chair(mentions: Sequence[Sequence[str]], truth: Sequence[Collection[str]]) -> Chair:
+    """Score captions, given as their mentions, against the objects of each picture."""
+    counts = np.array(
+        [chair_counts(said, true) for said, true in zip(mentions, truth, strict=True)], np.float64
+    ).reshape(-1, 4)
+    wrong, said, recalled, present = counts.sum(0)
+    return Chair(
+        chair_i=divide(wrong, said),
+        chair_s=divide((counts[:, 0] > 0).sum(), len(counts)),
+        recall=divide(recalled, present),
+        mentions=divide(said, len(counts)),
+    )
+
+
+def chair_counts(said: Sequence[str], true: Collection[str]) -> tuple[int, int, int, int]:
+    """Of one caption: mentions of absent objects, mentions, objects recalled, objects present."""
+    present = set(true)
+    return (
+        sum(noun not in present for noun in said),
+        len(said),
+        len(present & set(said)),
+        len(present),
+    )
+
+
+# --- where the attention lies ----------------------------------------------------------------
+
+
+def pointing_hit(x: float, y: float, mask: np.ndarray, radius: float = 0.0) -> bool:
+    """Pointing game: is the point inside the mask, or nearer than `radius` pixels to it?
+
+    `x`, `y` in pixels of `mask` bool[h w], a pixel (i, j) being the square [j, j+1) x [i, i+1).
+    A point outside the picture (in the padding) is a miss. The distance with a radius is
+    strict and between pixel centres, as in TorchRay's benchmark.
+    """
+    column, row = int(np.floor(x)), int(np.floor(y))
+    height, width = mask.shape
+    if not (0 <= row < height and 0 <= column < width):
+        return False
+    if mask[row, column] or radius <= 0:
+        return bool(mask[row, column])
+    rows, columns = np.nonzero(mask)
+    return bool(len(rows) and np.min((rows - row) ** 2 + (columns - column) ** 2) < radius**2)
+
+
+def peak_cell(attention: np.ndarray, grid: tuple[int, int]) -> tuple[float, float]:
+    """Centre (x, y) of the cell with the most attention, in cells; the first one of a tie.
+
+    `attention` f[Gh*Gw] or f[Gh Gw].
+    """
+    row, column = divmod(int(np.argmax(np.asarray(attention).reshape(-1))), grid[1])
+    return column + 0.5, row + 0.5
+
+
+def energy_in_mask(attention: np.ndarray, coverage: np.ndarray) -> float:
+    """sum(a * m) / sum(a): the share of the attention that lies in the mask (f[S], f[S])."""
+    a, m = np.asarray(attention, np.float64).ravel(), np.asarray(coverage, np.float64).ravel()
+    return divide((a * m).sum(), a.sum())
+
+
+def uniform_energy(coverage: np.ndarray) -> float:
+    """What `energy_in_mask` gives to attention spread evenly: the share of the area."""
+    return float(np.mean(coverage)) if np.size(coverage) else 0.0
+
+
+def area_normalised_gain(energy: float, uniform: float) -> float:
+    """Energy in the mask over that of uniform attention; 1 = no better than not looking."""
+    return divide(energy, uniform)
+
+
+# --- intervals -------------------------------------------------------------------------------
+
+
+def image_draws(images: int, boots: int = 1000, seed: int = 0) -> Weights:
+    """Bootstrap over images: f64[boots images], how often each image is drawn.
+
+    Questions about one image are not independent, so images are drawn, not questions. The same
+    seed gives two models the same draws, which makes their difference a paired one.
+    """
+    rng = np.random.default_rng(seed)
+    return rng.multinomial(images, np.full(images, 1 / images), size=boots).astype(np.float64)
+
+
+def interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+    """The central interval of bootstrap values; draws without any item (nan) are left out."""
+    values = np.asarray(values, np.float64)
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return float("nan"), float("nan")
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def ratio_draws(numerator: np.ndarray, denominator: np.ndarray, draws: Weights) -> np.ndarray:
+    """A ratio of sums under each draw, from its two parts per image (f[images])."""
+    bottom = draws @ np.asarray(denominator, np.float64)
+    top = draws @ np.asarray(numerator, np.float64)
+    return np.where(bottom > 0, top / np.where(bottom > 0, bottom, 1), np.nan)
+
+
+def auroc_draws(positive: np.ndarray, negative: np.ndarray, draws: Weights) -> np.ndarray:
+    """AUROC under each draw, from one positive and one negative score per image (f[images])."""
+    p, n = np.asarray(positive, np.float64)[:, None], np.asarray(negative, np.float64)[None]
+    wins = (p > n) + 0.5 * (p == n)
+    return ((draws @ wins) * draws).sum(1) / draws.sum(1) ** 2
+
+
+def per_image(images: Sequence[int], values: Numbers, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sum and number of `values` for each of `count` images (the parts of a mean)."""
+    index = np.asarray(images, int)
+    total = np.bincount(index, weights=np.asarray(values, np.float64), minlength=count)
+    return total, np.bincount(index, minlength=count).astype(np.float64)
+
+
+def mean_interval(images: Sequence[int], values: Numbers, draws: Weights) -> tuple[float, float]:
+    """95 % interval of the mean of `values`, each belonging to the image numbered beside it."""
+    return interval(ratio_draws(*per_image(images, values, draws.shape[1]), draws))
+
+
+def paired_difference(
+    images: Sequence[Hashable],
+    first: Numbers,
+    second: Numbers,
+    boots: int = 1000,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """mean(first) - mean(second) on the same items, and its 95 % interval over images."""
+    if not len(first) == len(second) == len(images):
+        raise ValueError(f"{len(first)} and {len(second)} values for {len(images)} items")
+    names = {image: n for n, image in enumerate(dict.fromkeys(images))}
+    index = [names[image] for image in images]
+    gap = np.asarray(first, np.float64) - np.asarray(second, np.float64)
+    low, high = mean_interval(index, gap.tolist(), image_draws(len(names), boots, seed))
+    return float(gap.mean()), low, high
+
+
+def derangement(count: int, seed: int) -> np.ndarray:
+    """A random permutation i[count] that leaves nothing in its place (Sattolo's algorithm)."""
+    if count < 2:
+        raise ValueError("a derangement needs at least two items")
+    order, rng = np.arange(count), np.random.default_rng(seed)
+    for i in range(count - 1, 0, -1):
+        j = int(rng.integers(i))
+        order[i], order[j] = order[j], order[i]
+    return order

@@ -1,0 +1,136 @@
+"""`agevlm train`: train a model from a recipe."""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from . import config
+from .errors import UserError, command
+from .training import checkpoint, preview, toml
+from .training.build import export, prepare
+from .training.stages import Recipe, named_parameters, read_recipe, shipped_recipes
+from .training.trainer import Trainer, load_parameters
+
+DEFAULT_RECIPE = "scenes"
+
+EXAMPLES = """\
+examples:
+  agevlm train                                     the embedded recipe
+  agevlm train --dry-run                           look before: parameters, memory, time, texts
+  agevlm train --recipe mine.toml --out runs/mine  your own
+  agevlm train stages.1.lr=5e-4 train.seed=1 --out runs/seed1
+  agevlm train --resume runs/seed1                 go on after Ctrl-C, a crash or a full disk
+
+Any key of the recipe can be given as key=value; [[stages]] are stages.0, stages.1 and so on.
+Ctrl-C finishes the step, saves and leaves; twice leaves at once.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of ``agevlm train``."""
+    p = argparse.ArgumentParser(
+        prog="agevlm train",
+        description="Train a model from a recipe: align, guide, instruct, refine.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("overrides", nargs="*", metavar="key=value", help="change a key of the recipe")
+    names = ", ".join(shipped_recipes())
+    p.add_argument(
+        "--recipe",
+        metavar="FILE",
+        help=f"a .toml file or one of: {names} (default {DEFAULT_RECIPE})",
+    )
+    p.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: the recipe's)")
+    p.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
+    p.add_argument("--overwrite", action="store_true", help="delete an earlier run in the folder")
+    p.add_argument("--dry-run", action="store_true", help="show what would be trained, and stop")
+    return p
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    """Run ``agevlm train``; 0 when the model is written or a signal ended the run in order."""
+    args = parser().parse_args(argv)
+    recipe, run = _recipe(args)
+    if args.dry_run:
+        return _dry_run(recipe)
+    if args.resume is None:
+        _claim(run, recipe, args.overwrite)
+    job = prepare(recipe, run)
+    trainer = Trainer(job, run)
+    saved = checkpoint.load(run)
+    if saved is not None:
+        trainer.restore(saved)
+        print(f"going on from step {saved.step} of {recipe.steps} in {run}")
+    elif args.resume is not None:
+        print(f"{run} has no checkpoint yet: starting at step 1")
+    if not trainer.train():
+        print(
+            f"stopped after step {trainer.step} of {recipe.steps}; "
+            f"go on with: agevlm train --resume {run}"
+        )
+        return 0
+    if recipe.train.export == "best" and trainer.best:
+        best = checkpoint.load_step(run, trainer.best["step"])
+        load_parameters(job.model, best.model, str(run))
+    export(job, run)
+    size = sum(value.size for value in named_parameters(job.model).values())
+    print(f"wrote {run} ({size:,} parameters); try: agevlm evaluate --model {run}")
+    return 0
+
+
+def _recipe(args: argparse.Namespace) -> tuple[Recipe, Path]:
+    """The recipe to train and the folder of its run."""
+    if args.resume is None:
+        overrides = list(args.overrides)
+        if args.out is not None:
+            overrides.append(f"train.out={json.dumps(str(args.out))}")
+        recipe = read_recipe(args.recipe or DEFAULT_RECIPE, overrides)
+        return recipe, recipe.train.out
+    if args.recipe or args.out or args.overwrite:
+        raise UserError(
+            "--resume takes the recipe of its run; leave out --recipe, --out and --overwrite"
+        )
+    stored = args.resume / "config.toml"
+    if not stored.is_file():
+        raise UserError(
+            f"--resume {args.resume}: expected the folder of a run, found no config.toml in it"
+        )
+    return read_recipe(str(stored), args.overrides), args.resume
+
+
+def _claim(run: Path, recipe: Recipe, overwrite: bool) -> None:
+    """Make the run's folder with its resolved recipe; never mix with what is in it."""
+    if run.exists() and not run.is_dir():
+        raise UserError(f"{run}: expected a folder for the run, found a file; choose another --out")
+    if run.is_dir() and any(run.iterdir()):
+        if not overwrite:
+            raise UserError(
+                f"{run} is not empty; go on with --resume {run}, replace the run in it with "
+                "--overwrite, or choose another folder with --out"
+            )
+        if not (run / "config.toml").is_file():
+            raise UserError(f"--overwrite: {run} holds no run (no config.toml); nothing deleted")
+        checkpoint.clear(run)
+    run.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_text(run / "config.toml", toml.dumps(config.to_dict(recipe)))
+
+
+def _dry_run(recipe: Recipe) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        job = prepare(recipe, Path(folder))
+        print(f"{len(job.records):,} records, {recipe.steps} steps, token grid {job.model.grid}\n")
+        print(preview.parameter_table(job), end="\n\n")
+        for line in preview.measure(job):
+            print(line, flush=True)
+        print("\nThe first image of each stage; [the loss is on this], ^ attention is guided here:")
+        for line in preview.batch_text(job, sys.stdout.isatty()):
+            print(line)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

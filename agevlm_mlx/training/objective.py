@@ -1,0 +1,141 @@
+"""The loss of a batch: one pass of the encoder, one of the language model per group of texts."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_unflatten
+
+from ..data.batches import Batch, TextGroup
+from ..errors import UserError
+from ..models.agevlm import AgeVLM
+from .losses import EPS, attention_loss, feature_loss, soft_mask, token_loss
+from .stages import Losses
+
+#: The parts of a loss, in the order `batch_loss` returns them.
+PARTS = ("lm", "attention", "features")
+
+
+class FeatureAdaptor(nn.Module):
+    """Predicts the teacher's features on the token grid from the vision encoder's tokens.
+
+    Lives in ``model.sam_adaptor`` while a run distils features and is not part of the finished
+    model. z_vis [B S' Dv] -> [B S C]; where the grids differ, whole blocks of cells are averaged.
+    """
+
+    def __init__(
+        self, width: int, channels: int, vision_grid: tuple[int, int], grid: tuple[int, int]
+    ):
+        super().__init__()
+        if any(fine % coarse for fine, coarse in zip(vision_grid, grid, strict=True)):
+            raise UserError(
+                f"losses.features: expected a token grid that divides the encoder's {vision_grid}, "
+                f"got {grid}"
+            )
+        self._vision_grid, self._grid = vision_grid, grid
+        self.fc1 = nn.Linear(width, 2 * width)
+        self.norm = nn.RMSNorm(2 * width)
+        self.fc2 = nn.Linear(2 * width, channels)
+
+    def __call__(self, z_vis: mx.array) -> mx.array:
+        (gh, gw), (Gh, Gw) = self._vision_grid, self._grid
+        if (gh, gw) != (Gh, Gw):
+            blocks = z_vis.reshape(z_vis.shape[0], Gh, gh // Gh, Gw, gw // Gw, -1)
+            z_vis = blocks.mean(axis=(2, 4)).flatten(1, 2)
+        return self.fc2(nn.relu(self.norm(self.fc1(z_vis))))
+
+
+def read_texts(
+    model: AgeVLM, z_img: mx.array, group: TextGroup, *, guided: bool, heads: int | None
+) -> tuple[mx.array, mx.array | None]:
+    """logits [B*R T V] of a group's texts and, if `guided`, attn_map [P L heads S] of its rows."""
+    cache = model.look(z_img, texts=group.ids.shape[1])
+    ids = mx.array(group.ids).flatten(0, 1)  # [B*R T]
+    if not guided:
+        return model(ids, cache), None
+    return model.attend(ids, cache, mx.array(group.rows), mx.array(group.cols), heads)
+
+
+def batch_loss(model: AgeVLM, batch: Batch, losses: Losses) -> tuple[mx.array, mx.array]:
+    """The weighted loss f32 [] of a batch, and its unweighted parts f32 [3] (see `PARTS`).
+
+    The next-token loss is a mean over all supervised tokens of the batch, the attention loss over
+    all its guided rows; neither depends on how the texts are grouped.
+    """
+    z_vis = model.encode(mx.array(batch.pixels))
+    z_img = model.project(z_vis)
+    lm, tokens = mx.array(0.0), 0.0
+    attention, guided_weight = mx.array(0.0), 0.0
+    for group in batch.groups:
+        weight = float(group.weight.sum())
+        guided = losses.attention.weight > 0 and weight > 0
+        logits, attn_map = read_texts(
+            model, z_img, group, guided=guided, heads=losses.attention.heads
+        )
+        group_lm, group_tokens = token_loss(logits, group.labels, group.loss_mask)
+        lm, tokens = lm + group_lm, tokens + group_tokens
+        if attn_map is not None:
+            mean = attention_loss(
+                attn_map, mx.array(group.target), mx.array(group.weight), losses.attention.kind
+            )
+            attention, guided_weight = attention + mean * weight, guided_weight + weight
+    lm, attention = lm / max(tokens, EPS), attention / max(guided_weight, EPS)
+    features = mx.array(0.0)
+    if losses.features > 0:
+        features = _distillation(model, z_vis, batch)
+    total = losses.lm * lm + losses.attention.weight * attention + losses.features * features
+    return total, mx.stack([lm, attention, features])
+
+
+def loss_and_gradients(
+    model: AgeVLM, params: dict[str, mx.array], batch: Batch, losses: Losses
+) -> tuple[tuple[mx.array, mx.array], dict[str, mx.array]]:
+    """`batch_loss`, and its gradients by the names of `params`; all still to be evaluated.
+
+    Only what leads to `params` is differentiated: a frozen encoder costs its forward pass.
+    """
+
+    def loss(params: dict[str, mx.array]) -> tuple[mx.array, mx.array]:
+        model.update(tree_unflatten(list(params.items())))
+        return batch_loss(model, batch, losses)
+
+    result = mx.value_and_grad(loss)(params)
+    model.update(tree_unflatten(list(params.items())))  # instead of the tracers
+    return result
+
+
+def _distillation(model: AgeVLM, z_vis: mx.array, batch: Batch) -> mx.array:
+    if batch.sam_features is None:
+        raise UserError(
+            "losses.features > 0: the store holds no features; make one with "
+            "`agevlm teach --features`"
+        )
+    target = mx.array(batch.sam_features)
+    # The store marks the teacher's padding by features that are exactly 0 in all channels.
+    valid = (target != 0).any(axis=-1)
+    return feature_loss(model["sam_adaptor"](z_vis), target, valid)
+
+
+def validate(model: AgeVLM, batches: Iterator[Batch], heads: int | None) -> dict[str, Any]:
+    """Next-token loss and pointing rate over validation batches.
+
+    Pointing: the share of guided rows whose most attended token (mean over layers and the first
+    `heads` heads) has a `soft_mask` of at least one half. None without guided rows.
+    """
+    nll, tokens, hits, rows = 0.0, 0.0, 0.0, 0.0
+    for batch in batches:
+        z_img = model.project(model.encode(mx.array(batch.pixels)))
+        for group in batch.groups:
+            guided = bool(group.weight.any())
+            logits, attn_map = read_texts(model, z_img, group, guided=guided, heads=heads)
+            loss, weight = token_loss(logits, group.labels, group.loss_mask)
+            nll, tokens = nll + loss.item(), tokens + weight
+            if attn_map is not None:
+                kept = group.weight > 0
+                peak = np.array(attn_map.mean(axis=(1, 2)).argmax(-1))[kept]
+                mask = np.array(soft_mask(mx.array(group.target)))[kept]
+                hits += float((mask[np.arange(len(peak)), peak] >= 0.5).sum())
+                rows += len(peak)
+    return {"val_lm": nll / max(tokens, EPS), "val_pointing": hits / rows if rows else None}

@@ -1,0 +1,1 @@
+"""Checkpoints in and out: `python -m convert` in a checkout, `agevlm-convert` when installed."""

@@ -1,0 +1,208 @@
+"""Each score against a table worked out by hand (the arithmetic is in the comments)."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agevlm_mlx.evaluation import metrics
+
+
+@pytest.mark.parametrize(
+    ("answer", "yes"),
+    [
+        ("Yes", True),
+        ("No", False),
+        ("no", False),
+        ("No.", False),
+        ("No, there is a cat", False),
+        ("There is not a dog", False),
+        ("Yes. No dog", True),  # only what stands before the first full stop counts
+        ("", True),
+        ("banana", True),
+        ("NO", True),  # the official rule is case-sensitive
+        ("Not", True),
+        ("no\n", True),  # and splits at spaces only
+        ("Nothing", True),
+    ],
+)
+def test_official_parse_rule_of_pope(answer: str, yes: bool):
+    assert metrics.parse_yes_no(answer) is yes
+
+
+def test_yes_no_against_a_hand_computed_table():
+    predicted = [True, True, True, False, False, True, False, False]
+    labels = [True, True, False, False, False, False, True, False]
+    score = metrics.YesNo.count(predicted, labels)  # TP 2, FP 2, TN 3, FN 1
+    assert (score.true_positive, score.false_positive) == (2, 2)
+    assert (score.true_negative, score.false_negative) == (3, 1)
+    assert score.accuracy == pytest.approx(5 / 8)
+    assert score.precision == pytest.approx(2 / 4)
+    assert score.recall == pytest.approx(2 / 3)
+    assert score.f1 == pytest.approx(4 / 7)
+    assert score.yes_ratio == pytest.approx(4 / 8)
+
+
+def test_always_yes_and_always_no_have_their_known_scores():
+    labels = [True, False] * 50
+    yes = metrics.YesNo.count([True] * 100, labels)
+    assert (yes.accuracy, yes.yes_ratio) == (0.5, 1.0)
+    assert yes.f1 == pytest.approx(2 / 3)
+    no = metrics.YesNo.count([False] * 100, labels)
+    assert (no.accuracy, no.precision, no.f1, no.yes_ratio) == (0.5, 0.0, 0.0, 0.0)
+
+
+def test_yes_no_refuses_a_lost_answer():
+    with pytest.raises(ValueError, match="2 answers for 3 labels"):
+        metrics.YesNo.count([True, False], [True, False, True])
+
+
+@pytest.mark.parametrize(
+    ("positive", "negative", "expected"),
+    [
+        ([2, 3], [0, 1], 1.0),
+        ([0, 1], [2, 3], 0.0),
+        ([1, 1], [1, 1], 0.5),
+        ([1, 2], [1, 0], 3.5 / 4),  # 1>1 a tie .5, 1>0, 2>1, 2>0
+        ([3, 1, 2], [2], 1.5 / 3),
+    ],
+)
+def test_auroc_counts_a_tie_as_half(positive: list[int], negative: list[int], expected: float):
+    assert metrics.auroc(positive, negative) == pytest.approx(expected)
+
+
+def test_paired_win_rate_compares_only_its_own_pairs():
+    # Pairs: win, loss, tie, win -> 2.5 of 4; all pairs would give another number.
+    assert metrics.paired_win_rate([2, 1, 5, 9], [1, 3, 5, 0]) == pytest.approx(2.5 / 4)
+
+
+def test_vocabulary_is_safe_for_words_plurals_and_punctuation():
+    nouns = metrics.NounVocabulary(
+        ["dog", "hot dog", "cat", "bus", "strawberry", "tomato", "glass", "glasses", "t-shirt"],
+        synonyms={"kitten": "cat"},
+    )
+    assert nouns.mentions("A dog, two hot dogs; the CAT's dog-house!") == ["dog", "hot dog", "cat"]
+    assert nouns.mentions("Buses and strawberries, tomatoes, tomatos, kittens.") == [
+        "bus",
+        "strawberry",
+        "tomato",
+        "tomato",
+        "cat",
+    ]
+    assert nouns.mentions("glasses, a glass and t-shirts") == ["glasses", "glass", "t-shirt"]
+    assert nouns.mentions("concatenate dogma bust") == []
+    assert nouns.mentions("dog dog") == ["dog", "dog"]
+    assert nouns.mentions("") == []
+
+
+def test_chair_against_a_hand_computed_table():
+    mentions = [["dog", "cat"], ["car", "dog", "dog"], [], ["bus"]]
+    truth = [{"dog", "car"}, {"car"}, {"cat"}, {"bus", "tree"}]
+    # absent mentions: cat; dog, dog -> 3 of 6; captions with one: 2 of 4;
+    # recalled: dog; car; -; bus -> 3 of 6 present objects
+    score = metrics.chair(mentions, truth)
+    assert score.chair_i == pytest.approx(3 / 6)
+    assert score.chair_s == pytest.approx(2 / 4)
+    assert score.recall == pytest.approx(3 / 6)
+    assert score.mentions == pytest.approx(6 / 4)
+
+
+def test_silence_is_not_hallucination_but_has_no_recall():
+    score = metrics.chair([[], []], [{"dog"}, {"cat"}])
+    assert (score.chair_i, score.chair_s, score.recall, score.mentions) == (0, 0, 0, 0)
+
+
+def test_pointing_game_with_and_without_tolerance():
+    mask = np.zeros((10, 20), bool)
+    mask[2:4, 5:8] = True
+    assert metrics.pointing_hit(5.0, 2.0, mask)
+    assert metrics.pointing_hit(7.99, 3.99, mask)
+    assert not metrics.pointing_hit(8.0, 3.0, mask)  # the next pixel
+    assert not metrics.pointing_hit(3.0, 6.0, mask)  # x and y are not exchanged
+    assert metrics.pointing_hit(8.5, 3.5, mask, radius=1.5)
+    assert not metrics.pointing_hit(9.5, 3.5, mask, radius=2.0)  # distance 2 is not below 2
+    assert not metrics.pointing_hit(-0.1, 2.0, mask, radius=50)
+    assert not metrics.pointing_hit(5.0, 10.0, mask, radius=50)
+    assert not metrics.pointing_hit(1, 1, np.zeros((4, 4), bool), radius=9)
+
+
+def test_peak_cell_is_the_centre_in_cells_row_major():
+    attention = np.zeros((2, 3))
+    attention[1, 2] = 1
+    assert metrics.peak_cell(attention, (2, 3)) == (2.5, 1.5)
+    assert metrics.peak_cell(attention.ravel(), (2, 3)) == (2.5, 1.5)
+
+
+def test_energy_in_mask_against_hand_computed_values():
+    attention, coverage = np.array([0.1, 0.2, 0.3, 0.2]), np.array([0.0, 0.5, 1.0, 0.0])
+    # (0.2 * 0.5 + 0.3) / 0.8; a map that sums to less than 1 (null slot) is normalised
+    energy = metrics.energy_in_mask(attention, coverage)
+    assert energy == pytest.approx(0.5)
+    assert metrics.uniform_energy(coverage) == pytest.approx(0.375)
+    assert metrics.energy_in_mask(np.ones(4), coverage) == pytest.approx(0.375)
+    assert metrics.area_normalised_gain(energy, 0.375) == pytest.approx(4 / 3)
+    assert metrics.energy_in_mask(np.zeros(4), coverage) == 0
+
+
+def test_interval_of_a_mean_has_the_width_of_its_standard_error():
+    rng = np.random.default_rng(0)
+    values = rng.random(400) < 0.8
+    low, high = metrics.mean_interval(list(range(400)), values, metrics.image_draws(400))
+    error = 1.96 * np.sqrt(values.mean() * (1 - values.mean()) / 400)
+    assert low == pytest.approx(values.mean() - error, abs=0.008)
+    assert high == pytest.approx(values.mean() + error, abs=0.008)
+
+
+def test_questions_about_one_image_do_not_narrow_the_interval():
+    values = (np.random.default_rng(1).random(100) < 0.5).astype(float)
+    draws = metrics.image_draws(100)
+    once = metrics.mean_interval(list(range(100)), values, draws)
+    six = metrics.mean_interval(
+        [i for i in range(100) for _ in range(6)], np.repeat(values, 6), draws
+    )
+    assert six == pytest.approx(once)
+
+
+def test_auroc_draws_agree_with_auroc():
+    rng = np.random.default_rng(2)
+    positive, negative = rng.normal(1, 1, 30).round(1), rng.normal(0, 1, 30).round(1)
+    every_image_once = np.ones((1, 30))
+    drawn = metrics.auroc_draws(positive, negative, every_image_once)[0]
+    assert drawn == pytest.approx(metrics.auroc(positive, negative))
+    twice = np.zeros((1, 30))
+    twice[0, 3], twice[0, 7] = 2, 1
+    picked = [3, 3, 7]
+    assert metrics.auroc_draws(positive, negative, twice)[0] == pytest.approx(
+        metrics.auroc(positive[picked], negative[picked])
+    )
+
+
+def test_paired_difference_is_narrower_than_two_intervals():
+    rng = np.random.default_rng(3)
+    first = (rng.random(200) < 0.6).astype(float)
+    second = first.copy()
+    second[:20] = 0
+    images = [f"{i}.png" for i in range(200)]
+    gap, low, high = metrics.paired_difference(images, first, second)
+    assert gap == pytest.approx(first.mean() - second.mean())
+    assert 0 < low < gap < high
+    same = metrics.paired_difference(images, first, first)
+    assert same == (0, 0, 0)
+
+
+def test_a_draw_without_items_is_left_out_of_the_interval():
+    assert metrics.interval(np.array([np.nan, 1.0, 1.0])) == (1.0, 1.0)
+    assert np.isnan(metrics.interval(np.array([np.nan]))).all()
+
+
+@given(st.integers(2, 60), st.integers(0, 2**32 - 1))
+@settings(max_examples=50, deadline=None)
+def test_a_derangement_moves_everything(count: int, seed: int):
+    order = metrics.derangement(count, seed)
+    assert sorted(order) == list(range(count))
+    assert (order != np.arange(count)).all()
+
+
+def test_one_image_cannot_be_shuffled():
+    with pytest.raises(ValueError, match="two"):
+        metrics.derangement(1, 0)

@@ -1,0 +1,162 @@
+"""Who may import whom (ARCHITECTURE.md), read from the source and from running processes."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("agevlm_mlx", "app", "convert")
+
+#: Part of agevlm_mlx -> the parts it may import, besides itself. A part is a sub-package or,
+#: for the modules at the top, the module. "*" stands for every part.
+MAY_IMPORT = {
+    "errors": set(),
+    "openblas": set(),
+    "config": {"errors"},
+    "models": {"errors", "config", "kernels"},
+    "kernels": {"errors", "config"},
+    "data": {"errors", "config"},
+    "sam": {"errors", "config", "data"},
+    "weights": {"errors", "config", "models", "data"},
+    "training": {"errors", "config", "models", "data", "sam", "weights"},
+    "evaluation": {"errors", "config", "models", "data", "sam", "weights"},
+    "generate": {"errors", "config", "models", "data", "weights", "evaluation"},
+    # Commands and the package itself see everything below them.
+    "__init__": "*",
+    "__main__": {"cli"},
+    "cli": {"errors", "__init__", "openblas"},
+    "demo": "*",
+    "evaluate": "*",
+    "scenes": "*",
+    "teach": "*",
+    "train": "*",
+}
+#: Heavy or optional package -> the only files that may name it.
+ONLY_IN = {
+    "torch": {"agevlm_mlx/sam/teacher.py", "agevlm_mlx/sam/torchvision_ops.py"},
+    "torchvision": {"agevlm_mlx/sam/teacher.py", "agevlm_mlx/sam/torchvision_ops.py"},
+    "segment_anything": {"agevlm_mlx/sam/teacher.py", "agevlm_mlx/sam/torchvision_ops.py"},
+    "gradio": {"app/ui.py"},
+}
+
+
+def files() -> list[Path]:
+    return [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+
+
+def imports(path: Path) -> Iterator[tuple[int, int, str]]:
+    """(line, level, dotted name) of every import statement, at any depth of nesting."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, 0, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                yield node.lineno, node.level, f"{node.module or ''}.{alias.name}".lstrip(".")
+
+
+def absolute(path: Path, level: int, name: str) -> str:
+    """The absolute dotted name of an import in `path`."""
+    if not level:
+        return name
+    package = path.relative_to(ROOT).parent.parts
+    return ".".join((*package[: len(package) - level + 1], name))
+
+
+def part(dotted: str) -> str:
+    """The part of agevlm_mlx that a dotted name (agevlm_mlx.x.y) is in."""
+    name = dotted.split(".")[1] if "." in dotted else "__init__"
+    known = (ROOT / "agevlm_mlx" / name).is_dir() or (ROOT / "agevlm_mlx" / f"{name}.py").is_file()
+    return name if known else "__init__"  # `from agevlm_mlx import load`
+
+
+def home(path: Path) -> str:
+    """The part of agevlm_mlx that a file of it is in."""
+    parts = path.relative_to(ROOT / "agevlm_mlx").parts
+    return parts[0] if len(parts) > 1 else path.stem
+
+
+def test_parts_import_only_what_lies_below_them():
+    wrong = []
+    for path in sorted((ROOT / "agevlm_mlx").rglob("*.py")):
+        mine = home(path)
+        assert mine in MAY_IMPORT, f"{path}: say in MAY_IMPORT what {mine!r} may import"
+        for line, level, name in imports(path):
+            dotted = absolute(path, level, name)
+            if dotted.split(".")[0] != "agevlm_mlx":
+                continue
+            theirs, allowed = part(dotted), MAY_IMPORT[mine]
+            if theirs != mine and allowed != "*" and theirs not in allowed:
+                wrong.append(f"{path.relative_to(ROOT)}:{line}: {mine} imports {theirs}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_library_never_imports_the_programs():
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line}: {name}"
+        for path in sorted((ROOT / "agevlm_mlx").rglob("*.py"))
+        for line, level, name in imports(path)
+        if absolute(path, level, name).split(".")[0]
+        in ("app", "convert", "agevlm_app", "agevlm_convert", "tests", "scripts")
+    ]
+    assert not wrong
+
+
+def test_heavy_packages_are_named_only_where_they_belong():
+    wrong = []
+    for path in files():
+        where = path.relative_to(ROOT).as_posix()
+        for line, level, name in imports(path):
+            allowed = ONLY_IN.get(name.split(".")[0]) if not level else None
+            if allowed is not None and where not in allowed:
+                wrong.append(f"{where}:{line}: {name}")
+    assert not wrong
+
+
+@pytest.mark.parametrize("package", ["app", "convert"])
+def test_renamed_packages_are_flat_and_import_themselves_relatively(package):
+    # They are installed as agevlm_app and agevlm_convert: `import app` works only in a checkout.
+    folder = ROOT / package
+    assert not [p for p in folder.rglob("*.py") if p.parent != folder]
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line}: {name}"
+        for path in sorted(folder.glob("*.py"))
+        for line, level, name in imports(path)
+        if not level and name.split(".")[0] in ("app", "convert", "agevlm_app", "agevlm_convert")
+    ]
+    assert not wrong
+
+
+def loaded_after(code: str) -> set[str]:
+    """The modules that a fresh Python has imported after running `code`."""
+    report = "\nimport sys; print('MODULES', *sys.modules)"
+    run = subprocess.run(
+        [sys.executable, "-c", code + report], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 0, run.stderr
+    return set(run.stdout.splitlines()[-1].split()[1:])
+
+
+def test_importing_the_package_is_cheap():
+    loaded = loaded_after("import agevlm_mlx, agevlm_mlx.cli")
+    assert not loaded & {"mlx.core", "mlx_lm", "transformers", "numpy", "PIL", "torch"}
+
+
+@pytest.mark.e2e
+def test_answering_needs_neither_torch_nor_the_teacher_nor_gradio():
+    loaded = loaded_after(
+        "import numpy as np\n"
+        "from PIL import Image\n"
+        "from agevlm_mlx import load, generate\n"
+        "image = Image.fromarray(np.full((48, 64, 3), 200, np.uint8))\n"
+        "answer = generate(load(None), image, 'Is there a dog?', max_tokens=4)\n"
+        "assert answer"
+    )
+    assert "agevlm_mlx.models.agevlm" in loaded
+    unwanted = {"torch", "gradio", "segment_anything", "agevlm_mlx.sam.teacher"}
+    assert not loaded & unwanted
+    assert not [name for name in loaded if name.startswith("agevlm_mlx.training")]

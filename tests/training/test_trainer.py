@@ -1,0 +1,272 @@
+"""The loop: exact resume, exact trainable sets, what happens when a step goes wrong."""
+
+import io
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from agevlm_mlx.errors import UserError
+from agevlm_mlx.training import checkpoint, objective
+from agevlm_mlx.training.log import read_metrics
+from agevlm_mlx.training.losses import attention_loss, lm_loss
+from agevlm_mlx.training.stages import Losses, named_parameters, trainable_names
+from agevlm_mlx.training.trainer import Trainer
+
+from .conftest import noise_batch
+
+#: Columns of metrics.jsonl that tell the time, not what was learned.
+CLOCKS = {"seconds", "waited"}
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    found = read_metrics(run / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if k not in CLOCKS} for row in found]
+
+
+def train(job: Any, run: Path) -> Trainer:
+    run.mkdir(exist_ok=True)
+    trainer = Trainer(job, run, stream=io.StringIO())
+    saved = checkpoint.load(run)
+    if saved:
+        trainer.restore(saved)
+    trainer.train()
+    return trainer
+
+
+def same(a: Any, b: Any) -> bool:
+    a, b = named_parameters(a.model), named_parameters(b.model)
+    return a.keys() == b.keys() and all(mx.array_equal(a[k], b[k]).item() for k in a)
+
+
+@pytest.mark.parametrize("fusion", ["cross", "concat"])
+def test_interrupted_at_any_step_equals_undisturbed(tmp_path: Path, noise_job, fusion: str):
+    whole = train(noise_job(fusion=fusion), tmp_path / "whole")
+    assert whole.step == 12
+
+    class Killed(Exception):
+        pass
+
+    for last in (2, 5, 11):  # before the first checkpoint, at a stage's end, between checkpoints
+        run = tmp_path / f"killed-{last}"
+        job = noise_job(fusion=fusion)
+        batches = job.batches
+
+        def dying(stage: Any, batches=batches, last=last) -> Any:
+            source = batches(stage)
+            batch = source.batch
+
+            def until(step: int) -> Any:
+                if step == last:
+                    raise Killed
+                return batch(step)
+
+            source.batch = until
+            return source
+
+        job.batches = dying
+        with pytest.raises(Killed):
+            train(job, run)
+        resumed = train(noise_job(fusion=fusion), run)
+        assert same(resumed, whole), f"killed at {last}"
+        assert rows(run) == rows(tmp_path / "whole")
+
+
+def test_only_what_a_stage_trains_moves(tmp_path: Path, noise_job):
+    job = noise_job()
+    before = {k: np.array(v) for k, v in named_parameters(job.model).items()}
+    states = []
+
+    class Watching(Trainer):
+        def _train_stage(self, *args: Any) -> None:
+            super()._train_stage(*args)
+            states.append({k: np.array(v) for k, v in named_parameters(self.model).items()})
+
+    Watching(job, tmp_path, stream=io.StringIO()).train()
+    for stage, state in zip(job.recipe.stages, states, strict=True):
+        moved = {k for k, v in state.items() if not np.array_equal(v, before[k])}
+        # The keys' own bias-free null slot and all else that is trainable gets a gradient.
+        assert moved == set(trainable_names(job.model, stage))
+        before = state
+
+
+def test_metrics_have_the_parts_of_each_stage_and_the_loss_is_their_sum(tmp_path: Path, noise_job):
+    train(noise_job(), tmp_path)
+    steps = [row for row in rows(tmp_path) if "val_lm" not in row]
+    assert [row["step"] for row in steps] == list(range(1, 13))
+    assert all("attention" not in row for row in steps[:5])
+    for row in steps[5:]:
+        assert row["loss"] == pytest.approx(row["lm"] + 0.3 * row["attention"], rel=1e-4)
+    checks = [row for row in rows(tmp_path) if "val_lm" in row]
+    assert [row["step"] for row in checks] == [3, 6, 9, 12]
+    assert all(0 <= row["val_pointing"] <= 1 for row in checks)
+
+
+def test_guidance_moves_attention_into_the_mask(noise_job, tmp_path: Path):
+    job = noise_job(
+        "stages.0.steps=40",
+        "stages.0.lr=0.02",
+        "stages.0.losses.lm=0",
+        "stages.0.losses.attention.weight=1",
+        "train.val_every=100",
+    )
+    batch = noise_batch(0, 2, 2)
+    job.batches = lambda stage: type("Same", (), {"batch": staticmethod(lambda step: batch)})()
+    train(job, tmp_path)
+    curve = [row["attention"] for row in rows(tmp_path)[:40]]
+    assert curve[-1] < 0.5 * curve[0]
+
+
+def test_the_best_validation_is_kept(tmp_path: Path, noise_job, monkeypatch):
+    values = iter([3.0, 1.0, 2.0, 2.5])
+    monkeypatch.setattr(
+        "agevlm_mlx.training.trainer.validate",
+        lambda *_: {"val_lm": next(values), "val_pointing": None},
+    )
+    trainer = train(noise_job("train.keep=1"), tmp_path)
+    assert trainer.best == {"step": 6, "val_lm": 1.0}
+    assert (tmp_path / "best").read_text() == "steps/6\n"
+    assert sorted(p.name for p in (tmp_path / "steps").iterdir()) == ["12", "6"]
+
+
+def test_batch_loss_does_not_depend_on_grouping(noise_job):
+    model = noise_job().model
+    batch = noise_batch(3, 2, 2)
+    losses = Losses(attention=noise_job().recipe.stages[1].losses.attention)
+    total, parts = objective.batch_loss(model, batch, losses)
+
+    z_img = model.project(model.encode(mx.array(batch.pixels)))
+    z_img = mx.repeat(z_img, 2, axis=0)  # the slow way: one image for every text
+    logits, maps = [], []
+    for group in batch.groups:
+        ids = mx.array(group.ids).flatten(0, 1)
+        at = mx.array(group.rows), mx.array(group.cols)
+        one = model.attend(ids, model.look(z_img), *at, heads=2)
+        logits.append(one[0].reshape(2, 2, *one[0].shape[1:]))
+        maps.append(one[1])
+    labels = np.stack([g.labels for g in batch.groups])
+    mask = np.stack([g.loss_mask for g in batch.groups])
+    lm = lm_loss(mx.stack(logits), labels, mask)
+    attention = attention_loss(
+        mx.concatenate(maps),
+        mx.array(np.concatenate([g.target for g in batch.groups])),
+        mx.array(np.concatenate([g.weight for g in batch.groups])),
+    )
+    np.testing.assert_allclose(parts.tolist(), [lm.item(), attention.item(), 0], rtol=2e-5)
+    assert total.item() == pytest.approx(lm.item() + 0.3 * attention.item(), rel=1e-5)
+
+
+def test_features_are_distilled_where_the_teacher_has_them(noise_job):
+    job = noise_job()
+    job.model.sam_adaptor = objective.FeatureAdaptor(24, 8, job.model.vision_grid, (2, 2))
+    batch = noise_batch(0, 2, 1, channels=8)
+    assert batch.sam_features is not None
+    batch.sam_features = batch.sam_features[:, :4]
+    losses = Losses(features=1.0, lm=0.0)
+    total, _ = objective.batch_loss(job.model, batch, losses)
+    batch.sam_features[1] = 0  # padding
+    alone, _ = objective.batch_loss(job.model, batch, losses)
+    assert np.isfinite(total.item())
+    assert total.item() != alone.item()
+    batch.pixels[1] = 5  # what is padding there cannot matter
+    assert objective.batch_loss(job.model, batch, losses)[0].item() == pytest.approx(alone.item())
+
+
+def poison(job: Any, at: set[int]) -> None:
+    batches = job.batches
+
+    def bad(stage: Any) -> Any:
+        source = batches(stage)
+        batch = source.batch
+
+        def maybe(step: int) -> Any:
+            result = batch(step)
+            if step in at:
+                result.pixels[0, 0, 0, 0] = np.nan
+            return result
+
+        source.batch = maybe
+        return source
+
+    job.batches = bad
+
+
+def test_a_loss_that_is_not_finite_names_step_stage_and_records(tmp_path: Path, noise_job):
+    job = noise_job()
+    poison(job, {6})
+    with pytest.raises(UserError) as error:
+        train(job, tmp_path)
+    message = str(error.value)
+    assert "step 7, stage 'guide': expected a finite loss, got nan" in message
+    assert "record-6-0, record-6-1" in message
+    assert "\n" not in message
+    saved = checkpoint.load(tmp_path)
+    assert saved is not None
+    assert all(mx.isfinite(v).all().item() for v in saved.model.values())
+    assert [row["step"] for row in rows(tmp_path) if "lm" in row] == list(range(1, 7))
+
+
+def test_on_nan_skip_leaves_the_batch_out(tmp_path: Path, noise_job):
+    job = noise_job("train.on_nan=skip")
+    poison(job, {6})
+    trainer = train(job, tmp_path)
+    assert trainer.step == 12
+    assert [row["step"] for row in rows(tmp_path) if "skipped" in row] == [7]
+    assert all(mx.isfinite(v).all().item() for v in named_parameters(trainer.model).values())
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} in metrics"))
+
+
+def test_nothing_but_bad_batches_ends_the_run_even_with_skip(tmp_path: Path, noise_job):
+    job = noise_job("train.on_nan=skip")
+    poison(job, set(range(12)))
+    with pytest.raises(UserError, match="step 10"):
+        train(job, tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_and_saves(tmp_path: Path, noise_job, number: int):
+    job = noise_job()
+    batches = job.batches
+
+    def signalling(stage: Any) -> Any:
+        source = batches(stage)
+        batch = source.batch
+
+        def send(step: int) -> Any:
+            if step == 6:
+                os.kill(os.getpid(), number)
+            return batch(step)
+
+        source.batch = send
+        return source
+
+    job.batches = signalling
+    before = signal.getsignal(number)
+    trainer = Trainer(job, tmp_path, stream=io.StringIO())
+    assert trainer.train() is False
+    assert signal.getsignal(number) is before
+    assert 6 <= trainer.step < 12
+    saved = checkpoint.load(tmp_path)
+    assert saved is not None
+    assert saved.step == trainer.step
+    whole = train(noise_job(), tmp_path / "whole")
+    assert same(train(noise_job(), tmp_path), whole)
+
+
+def test_a_run_resumes_only_under_its_own_recipe(tmp_path: Path, noise_job):
+    train(noise_job(), tmp_path)
+    with pytest.raises(UserError, match="the recipe is not the one"):
+        train(noise_job("stages.0.lr=0.5"), tmp_path)
+    train(noise_job("train.log_every=1"), tmp_path)
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(tmp_path: Path, noise_job):
+    train(noise_job(), tmp_path)
+    with pytest.raises(UserError, match="another model's"):
+        train(noise_job(fusion="concat"), tmp_path)
