@@ -66,7 +66,7 @@ endif
 	@echo "Installing the pinned packages (minutes, once)"
 	@$(BIN)/python -m pip install $(PIP_FLAGS) setuptools
 	@$(BIN)/python -m pip install $(PIP_FLAGS) --no-build-isolation \
-	  -e ".[$(BACKEND)scenes,teacher]"
+	  -e ".[$(BACKEND)teacher]"
 	@touch $@
 
 .venv/.test: .venv/.demo

@@ -7,15 +7,12 @@ code are unchanged is kept from an earlier run.
 
 import argparse
 import contextlib
-import fcntl
-import hashlib
 import json
-import os
 import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +24,7 @@ from .evaluation import files, gallery, report, report_page
 from .evaluation.machine import machine, on_metal, versions
 from .evaluation.scene_folder import read_scene_folder
 from .models.agevlm import AgeVLM
+from .steps import Steps, claim
 from .training.log import read_metrics
 from .training.stages import Recipe, read_recipe
 
@@ -47,61 +45,33 @@ examples:
 
 @dataclass
 class Demo:
-    """One demo folder: what is in it, which steps were kept, how long each took."""
+    """One demo folder, and what is run in it."""
 
     out: Path
     scale: float
-    fresh: bool
+    steps: Steps
     #: The open lock file, inherited by every command so that none outlives the lock.
-    lock: int = -1
-    done: dict[str, Any] = field(default_factory=dict)
-    steps: list[dict[str, Any]] = field(default_factory=list)
+    lock: int
+    #: What the steps run, for the report; also of steps that were kept.
     commands: list[str] = field(default_factory=list)
 
     @property
     def data(self) -> Path:
         return self.out / "data"
 
-    def step(self, name: str, inputs: Any, code: Sequence[str], work: Callable[[], Any]) -> Any:
-        """Do `work`, unless it was done with the same inputs and the same code of `code`.
+    @property
+    def test(self) -> Path:
+        return self.data / "test"
 
-        Returns what it returned (kept as JSON). `code` are files and folders of this package.
-        """
-        key = _digest([inputs, versions(), _code(code)])
-        known = self.done.get(name, {})
-        reused = not self.fresh and known.get("key") == key and "result" in known
-        if reused:
-            print(f"{name}: unchanged, kept ({known['seconds']:.0f} s when it was made)")
-        else:
-            print(f"{name} ...", flush=True)
-            start = time.monotonic()
-            if known.get("key") != key or self.fresh:
-                self.done[name] = {"key": key}
-                self._save()
-            result = work()
-            known = {"key": key, "seconds": time.monotonic() - start, "result": result}
-            self.done[name] = known
-            self._save()
-            print(f"{name}: {known['seconds']:.0f} s", flush=True)
-        self.steps.append({"name": name, "seconds": known["seconds"], "reused": reused})
-        return known["result"]
+    def plan(self, tasks: dict[str, list[str]]) -> dict[str, list[str]]:
+        """Note the commands (by name -> [command, arguments ...]) that a step runs."""
+        self.commands += [shlex.join(["agevlm", *words]) for words in tasks.values()]
+        return tasks
 
-    def begun(self, name: str) -> bool:
-        """Was an earlier run of this step, with the same inputs, cut short?"""
-        return not self.fresh and "begun" in self.done.get(name, {})
-
-    def mark(self, name: str, key: str, value: Any) -> None:
-        """Remember something about a step that is not finished."""
-        self.done.setdefault(name, {})[key] = value
-        self._save()
-
-    def _save(self) -> None:
-        files.write_json(self.out / "steps.json", self.done)
-
-    def run(self, tasks: dict[str, list[str]], status: Callable[[], str], **options: Any) -> Any:
-        """Run modules of this package by name -> [module, arguments ...]; seconds by name."""
-        for words in tasks.values():
-            self.commands.append(shlex.join(["agevlm", *words]))
+    def run(
+        self, tasks: dict[str, list[str]], status: Callable[[], str] = str, **options: Any
+    ) -> dict[str, float]:
+        """Run planned commands; the seconds of each by name."""
         return parallel.run(
             [
                 parallel.Task(
@@ -124,10 +94,8 @@ def main(argv: list[str] | None = None) -> int:
     if not 0 < args.steps_scale <= 100:
         raise UserError(f"--steps-scale: expected more than 0, at most 100, got {args.steps_scale}")
     files.make_folder(args.out)
-    with _lock(args.out) as lock, parallel.terminate_as_interrupt():
-        demo = Demo(args.out, args.steps_scale, args.fresh, lock)
-        with contextlib.suppress(UserError):  # a missing or damaged note: do everything
-            demo.done = dict(config.read_json(args.out / "steps.json"))
+    with claim(args.out) as lock, parallel.terminate_as_interrupt():
+        demo = Demo(args.out, args.steps_scale, Steps(args.out, args.fresh), lock)
         start = time.monotonic()
         try:
             _everything(demo)
@@ -145,10 +113,11 @@ def _again(args: argparse.Namespace) -> str:
 
 def _everything(demo: Demo) -> None:
     recipes = {arm: _recipe(demo, arm) for arm in RECIPES}
-    _draw(demo, recipes["guided"])
-    _teach(demo, recipes["guided"])
+    _draw(demo, recipes["guided"][1])
+    _teach(demo, recipes["guided"][1])
     train_seconds = _train(demo, recipes)
     _evaluate(demo)
+    _answer(demo)
     _report(demo, train_seconds)
 
 
@@ -158,72 +127,99 @@ def _everything(demo: Demo) -> None:
 def _recipe(demo: Demo, arm: str) -> tuple[list[str], Recipe]:
     """The arm's recipe with this folder's paths and the chosen scale, and its overrides."""
     recipe = read_recipe(RECIPES[arm])
-    changes = {
-        "data.train": demo.data / "train",
-        "data.val": demo.data / "val",
-        "data.store": demo.data / "store",
-        "train.out": demo.out / arm,
-    }
+    changes = {"train.out": demo.out / arm}
+    for key in ("train", "val", "store", "val_store"):
+        path = getattr(recipe.data, key)
+        if path is not None:
+            changes[f"data.{key}"] = demo.data / path.name
     overrides = [f"{key}={json.dumps(str(path))}" for key, path in changes.items()]
+    share, spec = min(demo.scale, 1), recipe.data.scenes
+    if spec is None or recipe.data.val is None:
+        raise UserError(f"recipe '{RECIPES[arm]}': expected data.val and data.scenes")
     if demo.scale != 1:
+        overrides.append(f"data.scenes.n={max(64, round(spec.n * share))}")
+        overrides.append(f"data.scenes.val={max(16, round(spec.val * share))}")
         for n, stage in enumerate(recipe.stages):
             overrides.append(f"stages.{n}.steps={max(1, round(stage.steps * demo.scale))}")
             overrides.append(f"stages.{n}.warmup={round(stage.warmup * demo.scale)}")
     return overrides, read_recipe(RECIPES[arm], overrides)
 
 
-def _draw(demo: Demo, recipe: tuple[list[str], Recipe]) -> None:
-    spec = recipe[1].data.scenes
-    if spec is None:
-        raise UserError("recipe 'scenes': expected data.scenes to say how many scenes to draw")
-    share = min(demo.scale, 1)
+def _draw(demo: Demo, recipe: Recipe) -> None:
+    spec, val = recipe.data.scenes, recipe.data.val
+    assert spec is not None  # _recipe has checked both
+    assert val is not None
+    test = max(24, round(TEST_IMAGES * min(demo.scale, 1)))
     wanted = {
-        "train": (max(64, round(spec.n * share)), spec.seed),
-        "val": (max(16, round(spec.val * share)), spec.seed + 1),
-        "test": (max(24, round(TEST_IMAGES * share)), spec.seed + 2),
+        recipe.data.train: ("train", spec.n, spec.seed),
+        val: ("val", spec.val, spec.seed + 1),
+        demo.test: ("test", test, spec.seed + 2),
     }
 
+    tasks = demo.plan(
+        {
+            f"scenes {split}": [
+                "scenes", "--out", str(folder), "--n", str(n), "--seed", str(seed),
+                "--split", split,
+            ]
+            for folder, (split, n, seed) in wanted.items()
+        }
+    )  # fmt: skip
+
     def draw() -> None:
-        for split in wanted:
-            shutil.rmtree(demo.data / split, ignore_errors=True)
+        for folder in wanted:
+            shutil.rmtree(folder, ignore_errors=True)
+        # One after the other: each draws on all cores.
         demo.run(
-            {
-                f"scenes {split}": [
-                    "scenes", "--out", str(demo.data / split), "--n", str(n),
-                    "--seed", str(seed), "--split", split,
-                ]
-                for split, (n, seed) in wanted.items()
-            },
-            lambda: _drawn(demo, wanted),
-            together=False,  # each draws on all cores
-        )  # fmt: skip
+            tasks,
+            lambda: "  ".join(_drawn(folder, n) for folder, (_, n, _) in wanted.items()),
+            together=False,
+        )
 
-    demo.step("scenes", wanted, ["data", "scenes.py", "assets/openmoji.png"], draw)
-
-
-def _drawn(demo: Demo, wanted: dict[str, tuple[int, int]]) -> str:
-    counts = []
-    for split, (n, _) in wanted.items():
-        folder = demo.data / split / "images"
-        count = sum(1 for _ in folder.glob("*.png")) if folder.is_dir() else 0
-        counts.append(f"{split} {count}/{n}")
-    return "  ".join(counts)
+    demo.steps.do(
+        "scenes",
+        draw,
+        inputs=list(wanted.values()),
+        code=["data", "scenes.py", "assets/openmoji.png"],
+        makes=[folder / "scenes.json" for folder in wanted],
+    )
 
 
-def _teach(demo: Demo, recipe: tuple[list[str], Recipe]) -> None:
-    store = demo.data / "store"
-    grid, preprocessor = _student(recipe[1])
+def _drawn(folder: Path, n: int) -> str:
+    images = folder / "images"
+    count = sum(1 for _ in images.glob("*.png")) if images.is_dir() else 0
+    return f"{folder.name} {count}/{n}"
+
+
+def _teach(demo: Demo, recipe: Recipe) -> None:
+    stores = [(recipe.data.train, recipe.data.store), (recipe.data.val, recipe.data.val_store)]
+    wanted = {store: data for data, store in stores if data is not None and store is not None}
+    grid, preprocessor = _student(recipe)
+    student = ["--image-size", str(preprocessor.image_size), "--grid", f"{grid[0]}x{grid[1]}"]
+    tasks = demo.plan(
+        {
+            f"teach {data.name}": ["teach", "--data", str(data), "--out", str(store), *student]
+            for store, data in wanted.items()
+        }
+    )
 
     def teach() -> None:
-        if not demo.begun("teach"):
-            shutil.rmtree(store, ignore_errors=True)
-        demo.mark("teach", "begun", True)
-        words = ["teach", "--data", str(demo.data / "train"), "--out", str(store)]
-        words += ["--image-size", str(preprocessor.image_size), "--grid", f"{grid[0]}x{grid[1]}"]
-        demo.run({"teach": words}, lambda: _last_line(demo.out / "logs" / "teach.log"))
+        for store in wanted:
+            if not demo.steps.begun("teach"):
+                shutil.rmtree(store, ignore_errors=True)
+        demo.steps.mark("teach", True)
+        # One after the other: each labels on all cores.
+        demo.run(
+            tasks, lambda: parallel.newest_line(demo.out / "logs", "teach-*.log"), together=False
+        )
 
-    inputs = [_made(demo, "scenes"), grid, preprocessor.to_dict()]
-    demo.step("teach", inputs, ["data", "sam", "teach.py", "assets/teacher"], teach)
+    demo.steps.do(
+        "teach",
+        teach,
+        inputs=[demo.steps.key("scenes"), grid, preprocessor.to_dict()],
+        code=["data", "sam", "teach.py", "assets/teacher"],
+        makes=[store / "index.json" for store in wanted],
+    )
 
 
 def _student(recipe: Recipe) -> tuple[tuple[int, int], Preprocessor]:
@@ -237,27 +233,29 @@ def _student(recipe: Recipe) -> tuple[tuple[int, int], Preprocessor]:
 
 
 def _train(demo: Demo, recipes: dict[str, tuple[list[str], Recipe]]) -> dict[str, float]:
+    fresh = demo.plan(
+        {arm: ["train", "--recipe", RECIPES[arm], *recipes[arm][0]] for arm in recipes}
+    )
+
     def train() -> dict[str, float]:
-        tasks = {}
-        for arm, (overrides, _) in recipes.items():
+        tasks = dict(fresh)
+        before = demo.steps.begun("train") or {}
+        for arm in recipes:
             folder = demo.out / arm
-            if demo.begun("train") and (folder / "config.toml").is_file():
-                words = ["train", "--resume", str(folder)]
+            if arm in before and (folder / "config.toml").is_file():
+                tasks[arm] = ["train", "--resume", str(folder)]
             else:
                 shutil.rmtree(folder, ignore_errors=True)
-                words = ["train", "--recipe", RECIPES[arm], *overrides]
-            tasks[arm] = words
-        before = demo.done.get("train", {}).get("begun") or dict.fromkeys(recipes, 0.0)
-        demo.mark("train", "begun", before)
+        before = {arm: before.get(arm, 0.0) for arm in recipes}
+        demo.steps.mark("train", before)
         start = time.monotonic()
-        together = not on_metal()
         try:
             seconds = demo.run(
-                tasks, lambda: _trained(demo, recipes), together=together, env=ONE_THREAD
+                tasks, lambda: _trained(demo, recipes), together=not on_metal(), env=ONE_THREAD
             )
         except BaseException:
             spent = time.monotonic() - start
-            demo.mark("train", "begun", {arm: s + spent for arm, s in before.items()})
+            demo.steps.mark("train", {arm: s + spent for arm, s in before.items()})
             raise
         for arm in recipes:
             if not (demo.out / arm / "config.json").is_file():
@@ -267,9 +265,15 @@ def _train(demo: Demo, recipes: dict[str, tuple[list[str], Recipe]]) -> dict[str
                 )
         return {arm: before[arm] + seconds[arm] for arm in recipes}
 
-    inputs = [_made(demo, "teach"), *(recipe.fingerprint() for _, recipe in recipes.values())]
-    code = ["data", "models", "sam", "training", "train.py", "assets/encoder"]
-    return demo.step("train", inputs, code, train)
+    return demo.steps.do(
+        "train",
+        train,
+        inputs=[demo.steps.key("teach"), *(r.fingerprint() for _, r in recipes.values())],
+        code=["data", "models", "sam", "training", "train.py", "assets/encoder"],
+        makes=[
+            demo.out / arm / name for arm in recipes for name in ("config.json", "metrics.jsonl")
+        ],
+    )
 
 
 def _trained(demo: Demo, recipes: dict[str, tuple[list[str], Recipe]]) -> str:
@@ -287,30 +291,47 @@ def _trained(demo: Demo, recipes: dict[str, tuple[list[str], Recipe]]) -> str:
                 text += f" {key} {row[key]:.3f}"
         left = max(left, row.get("seconds", 0.0) * (recipe.steps - row["step"]))
         parts.append(text)
-    return " | ".join([*parts, f"{left / 60:.1f} min left"])
+    return " | ".join([*parts, f"{left / 60:.1f} min left"] if left else parts)
 
 
 def _evaluate(demo: Demo) -> None:
-    def evaluate() -> None:
-        demo.run(
-            {
-                f"evaluate {arm}": [
-                    "evaluate", "--benchmark", "scenes", "--data", str(demo.data / "test"),
-                    "--model", str(demo.out / arm), "--out", str(demo.out / "results"),
-                ]
-                for arm in RECIPES
-            },
-            lambda: "",
-            together=not on_metal(),
-            env=ONE_THREAD,
-        )  # fmt: skip
+    results = demo.out / "results"
+    tasks = demo.plan(
+        {
+            f"evaluate {arm}": [
+                "evaluate", "--benchmark", "scenes", "--data", str(demo.test),
+                "--model", str(demo.out / arm), "--out", str(results),
+            ]
+            for arm in RECIPES
+        }
+    )  # fmt: skip
+    demo.steps.do(
+        "evaluate",
+        lambda: demo.run(tasks, together=not on_metal(), env=ONE_THREAD),
+        inputs=[demo.steps.key("scenes"), demo.steps.key("train")],
+        code=["data", "models", "evaluation", "evaluate.py"],
+        makes=[results / f"scenes-{arm}.{kind}" for arm in RECIPES for kind in ("json", "jsonl")],
+    )
 
-    code = ["data", "models", "evaluation", "evaluate.py"]
-    demo.step("evaluate", [_made(demo, "scenes"), _made(demo, "train")], code, evaluate)
+
+def _answer(demo: Demo) -> None:
+    """One answer as `agevlm generate` shows it: the first scene of the test set."""
+    item = read_scene_folder(demo.test).items[0]
+    question = next(q.text for q in item.questions["random"] if q.label)
+    words = ["generate", "--model", str(demo.out / "guided"), "--image", str(item.path)]
+    words += ["--prompt", question, "--attention", str(demo.out / "answer.png")]
+    tasks = demo.plan({"generate": words})
+    demo.steps.do(
+        "answer",
+        lambda: demo.run(tasks),
+        inputs=[demo.steps.key("scenes"), demo.steps.key("train")],
+        code=["data", "models", "evaluation", "generate.py"],
+        makes=[demo.out / "answer.png"],
+    )
 
 
 def _report(demo: Demo, train_seconds: dict[str, float]) -> None:
-    folder = read_scene_folder(demo.data / "test")
+    folder = read_scene_folder(demo.test)
     evaluations, answers, geometry, curves = {}, {}, {}, {}
     for arm in report.ARMS:
         stem = demo.out / "results" / f"scenes-{arm}"
@@ -322,16 +343,6 @@ def _report(demo: Demo, train_seconds: dict[str, float]) -> None:
         geometry[arm] = (preprocessor, tuple(evaluations[arm]["model"]["grid"]))
         curves[arm] = read_metrics(demo.out / arm / "metrics.jsonl")
     cards = gallery.cards(folder.items, answers, geometry)
-
-    def show() -> None:
-        # One answer as `agevlm generate` shows it, for the first scene of the sample.
-        item = next(i for i in folder.items if i.name == answers["guided"][0]["image"])
-        question = next(q.text for q in item.questions["random"] if q.label)
-        words = ["generate", "--model", str(demo.out / "guided"), "--image", str(item.path)]
-        words += ["--prompt", question, "--attention", str(demo.out / "answer.png")]
-        demo.run({"generate": words}, lambda: "")
-
-    demo.step("answer.png", _made(demo, "train"), ["evaluation", "generate.py", "models"], show)
     result = report.assemble(
         evaluations,
         answers,
@@ -339,7 +350,7 @@ def _report(demo: Demo, train_seconds: dict[str, float]) -> None:
         scale=demo.scale,
         machine=machine(),
         versions=versions(),
-        steps=demo.steps,
+        steps=demo.steps.record,
         commands=demo.commands,
     )
     files.write_json(demo.out / "report.json", result)
@@ -347,80 +358,17 @@ def _report(demo: Demo, train_seconds: dict[str, float]) -> None:
     print("\n" + report.summary(result))
 
 
-# --- what is done already ----------------------------------------------------------------------
-
-
-def _made(demo: Demo, step: str) -> str:
-    """Identifies the output of a finished step, for the steps that build on it."""
-    return demo.done[step]["key"]
-
-
-def _digest(value: Any) -> str:
-    text = json.dumps(files.plain(value), sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _code(parts: Sequence[str]) -> str:
-    """Hash of files and folders of this package (those that exist)."""
-    root, digest = Path(__file__).parent, hashlib.sha256()
-    for part in parts:
-        path = root / part
-        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            if file.is_file() and "__pycache__" not in file.parts:
-                digest.update(file.relative_to(root).as_posix().encode() + b"\0")
-                digest.update(file.read_bytes())
-    return digest.hexdigest()
+# --- progress --------------------------------------------------------------------------------
 
 
 def _last_row(path: Path) -> dict[str, Any] | None:
     """The newest training row of a ``metrics.jsonl``, read from its end."""
-    for line in reversed(_tail(path).splitlines()):
+    for line in reversed(parallel.tail(path).splitlines()):
         with contextlib.suppress(json.JSONDecodeError):
             row = json.loads(line)
             if isinstance(row, dict) and "lm" in row:
                 return row
     return None
-
-
-def _last_line(path: Path) -> str:
-    lines = _tail(path).replace("\r", "\n").strip().splitlines()
-    return lines[-1].strip()[:100] if lines else ""
-
-
-def _tail(path: Path, size: int = 4096) -> str:
-    try:
-        with open(path, "rb") as file:
-            file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - size))
-            return file.read().decode("utf-8", errors="replace")
-    except OSError:
-        return ""
-
-
-@contextlib.contextmanager
-def _lock(out: Path) -> Iterator[int]:
-    """Hold the folder for this demo and the commands it starts; yields the lock's descriptor.
-
-    The system frees the lock when the last process that holds it ends, so one left behind by a
-    crash never blocks. The file names the process for the message.
-    """
-    path = out / ".lock"
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        owner = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
-        os.close(descriptor)
-        raise UserError(
-            f"{out}: another demo is running here (process {owner}); wait for it, stop it, or "
-            "choose another --out"
-        ) from None
-    try:
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-        yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 def _parser() -> argparse.ArgumentParser:

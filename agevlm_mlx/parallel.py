@@ -157,3 +157,21 @@ def terminate_as_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def newest_line(folder: Path, pattern: str) -> str:
+    """The last line of the log that was written to last."""
+    logs = sorted(folder.glob(pattern), key=lambda path: path.stat().st_mtime)
+    lines = tail(logs[-1]).replace("\r", "\n").strip().splitlines() if logs else []
+    return lines[-1].strip()[:100] if lines else ""
+
+
+def tail(path: Path, size: int = 4096) -> str:
+    """The end of a file that may still be written to; nothing when it is not there yet."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - size))
+            return file.read().decode("utf-8", errors="replace")
+    except OSError:
+        return ""

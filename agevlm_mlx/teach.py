@@ -169,19 +169,23 @@ class Progress:
 
     total: int
     what: str = "images"
-    start: float = dataclasses.field(default_factory=time.monotonic)
+    first: float = 0.0
     shown: float = 0.0
 
     def show(self, done: int) -> None:
         """Say how far it is, if it is time to."""
         now = time.monotonic()
+        self.first = self.first or now  # not before: loading the teacher says nothing of its pace
         live = sys.stderr.isatty()
-        if done < self.total and now - self.shown < (0.2 if live else PROGRESS_SECONDS):
+        pause = 0.2 if live else PROGRESS_SECONDS
+        if done < self.total and now - (self.shown or self.first) < pause:
             return
         self.shown = now
-        rate = done / max(now - self.start, 1e-9)
-        left = f"{(self.total - done) / rate:.0f} s left" if done < self.total else "done"
-        line = f"{self.what} {done}/{self.total}  {rate:.1f}/s  {left}"
+        line = f"{self.what} {done}/{self.total}"
+        if done > 1 and now > self.first:
+            rate = (done - 1) / (now - self.first)
+            line += f"  {rate:.1f}/s"
+            line += f"  {(self.total - done) / rate:.0f} s left" if done < self.total else ""
         end = "\r" if live and done < self.total else "\n"
         print(f"{line:<60}" if live else line, end=end, file=sys.stderr, flush=True)
 
@@ -201,9 +205,6 @@ def _jobs(args: argparse.Namespace) -> list[Job]:
     jobs = [job for job in jobs if args.features or job.keys]
     if not jobs:
         raise UserError(f"{args.data}: expected phrases with a box or a point, got none to label")
-    missing = next((job for job in jobs if not job.path.is_file()), None)
-    if missing:
-        raise UserError(f"{missing.path}: no such image; it is named in {args.data}")
     part, parts = args.part
     return jobs[part - 1 :: parts][: args.limit]
 

@@ -3,14 +3,14 @@
 import argparse
 import json
 import sys
-import tempfile
 from pathlib import Path
 
 from . import config
 from .errors import UserError, command
 from .training import checkpoint, preview, toml
-from .training.build import export, prepare
-from .training.stages import Recipe, named_parameters, read_recipe, shipped_recipes
+from .training.build import Job, export, prepare
+from .training.rules import named_parameters
+from .training.stages import Recipe, read_recipe, shipped_recipes
 from .training.trainer import Trainer, load_parameters
 
 DEFAULT_RECIPE = "scenes"
@@ -58,8 +58,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.dry_run:
         return _dry_run(recipe)
     if args.resume is None:
-        _claim(run, recipe, args.overwrite)
-    job = prepare(recipe, run)
+        _check_folder(run, args.overwrite)
+    job = prepare(recipe, args.resume)
+    if args.resume is None:
+        _start(run, job)
     trainer = Trainer(job, run)
     saved = checkpoint.load(run)
     if saved is not None:
@@ -102,33 +104,38 @@ def _recipe(args: argparse.Namespace) -> tuple[Recipe, Path]:
     return read_recipe(str(stored), args.overrides), args.resume
 
 
-def _claim(run: Path, recipe: Recipe, overwrite: bool) -> None:
-    """Make the run's folder with its resolved recipe; never mix with what is in it."""
+def _check_folder(run: Path, overwrite: bool) -> None:
+    """``UserError`` unless a new run may be written to `run`."""
     if run.exists() and not run.is_dir():
         raise UserError(f"{run}: expected a folder for the run, found a file; choose another --out")
-    if run.is_dir() and any(run.iterdir()):
-        if not overwrite:
-            raise UserError(
-                f"{run} is not empty; go on with --resume {run}, replace the run in it with "
-                "--overwrite, or choose another folder with --out"
-            )
-        if not (run / "config.toml").is_file():
-            raise UserError(f"--overwrite: {run} holds no run (no config.toml); nothing deleted")
-        checkpoint.clear(run)
+    if not run.is_dir() or not any(run.iterdir()):
+        return
+    if not overwrite:
+        raise UserError(
+            f"{run} is not empty; go on with --resume {run}, replace the run in it with "
+            "--overwrite, or choose another folder with --out"
+        )
+    if not (run / "config.toml").is_file():
+        raise UserError(f"--overwrite: {run} holds no run (no config.toml); choose another --out")
+
+
+def _start(run: Path, job: Job) -> None:
+    """Make the run's folder: what `--resume` needs, and nothing of an earlier run."""
     run.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_text(run / "config.toml", toml.dumps(config.to_dict(recipe)))
+    checkpoint.clear(run)
+    job.tokenizer.save_pretrained(str(run))
+    checkpoint.write_text(run / "config.toml", toml.dumps(config.to_dict(job.recipe)))
 
 
 def _dry_run(recipe: Recipe) -> int:
-    with tempfile.TemporaryDirectory() as folder:
-        job = prepare(recipe, Path(folder))
-        print(f"{len(job.records):,} records, {recipe.steps} steps, token grid {job.model.grid}\n")
-        print(preview.parameter_table(job), end="\n\n")
-        for line in preview.measure(job):
-            print(line, flush=True)
-        print("\nThe first image of each stage; [the loss is on this], ^ attention is guided here:")
-        for line in preview.batch_text(job, sys.stdout.isatty()):
-            print(line)
+    job = prepare(recipe, teach=False)
+    print(f"{len(job.records):,} records, {recipe.steps} steps, token grid {job.model.grid}\n")
+    print(preview.parameter_table(job), end="\n\n")
+    for line in preview.measure(job):
+        print(line, flush=True)
+    print("\nThe first image of each stage; [the loss is on this], ^ attention is guided here:")
+    for line in preview.batch_text(job, sys.stdout.isatty()):
+        print(line)
     return 0
 
 

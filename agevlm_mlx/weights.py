@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.tokenizer_utils import load as load_tokenizer
+from mlx_lm.tokenizer_utils import load as mlx_lm_load_tokenizer
 from mlx_lm.utils import save_model as write_shards
 
 from .config import ModelConfig, from_dict, read_json, to_dict
@@ -135,6 +135,18 @@ def quantize(model: AgeVLM, settings: Mapping[str, Any], stored: Mapping[str, mx
         bits=settings["bits"],
         class_predicate=lambda path, module: f"{path}.scales" in stored,
     )
+
+
+def load_tokenizer(folder: Path) -> TokenizerWrapper:
+    """mlx-lm's tokenizer of a folder, without transformers' remarks on our model type."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        return mlx_lm_load_tokenizer(folder)
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def load(source: str | Path | None = None) -> Loaded:

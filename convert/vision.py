@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from agevlm_mlx.config import from_dict, read_json
 from agevlm_mlx.data.image import Preprocessor
@@ -51,7 +51,7 @@ def vision_config(config: dict[str, Any], where: str) -> dict[str, Any]:
     return dataclasses.asdict(from_dict(config_class, {**table, "model_type": kind}, where))
 
 
-def convert(folder: Path) -> tuple[nn.Module, dict[str, Any], dict[str, int]]:
+def convert(folder: Path) -> tuple[Any, dict[str, Any], dict[str, int]]:
     """The encoder of a Hugging Face folder, its config, and the numbers of keys left out."""
     path = folder / "config.json"
     if not path.is_file():
@@ -73,8 +73,6 @@ def convert(folder: Path) -> tuple[nn.Module, dict[str, Any], dict[str, int]]:
 def run(args: argparse.Namespace) -> int:
     source.check_free(args.mlx_path)
     encoder, config, dropped = convert(source.locate(args.hf_path))
-    from mlx.utils import tree_flatten
-
     weights = dict(tree_flatten(encoder.parameters()))
     preprocessor = Preprocessor.from_dict(encoder.preprocessing, "preprocessing")
     with source.new_folder(args.mlx_path) as folder:

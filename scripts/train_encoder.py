@@ -16,13 +16,15 @@ import sys
 import time
 from pathlib import Path
 
+import agevlm_mlx  # noqa: F401  (before mlx: it opens the fast BLAS)
+
+# isort: split
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
-import agevlm_mlx  # noqa: F401  (first: it loads the fast BLAS)
 from agevlm_mlx.config import read_json
 from agevlm_mlx.data.image import Preprocessor, load_image
 from agevlm_mlx.data.scenes import write_scenes

@@ -151,14 +151,10 @@ def train(args: argparse.Namespace) -> int:
         if name.endswith("pos_embed"):  # SAM's own code leaves it at zero for a checkpoint
             torch.nn.init.normal_(weight, std=0.02)
     optimizer = torch.optim.AdamW(sam.parameters(), args.learning_rate, weight_decay=0.01)
-    step, share, shown = 0, 0.0, 0.0
-    while share < 1.0:
-        if args.steps:
-            share = step / args.steps
-        else:
-            share = (time.monotonic() - start) / (60 * args.minutes)
+    step, shown = 0, 0.0
+    while (done := progress(step, start, args)) < 1.0:
         warm = min(1.0, (step + 1) / WARMUP_STEPS)
-        rate = args.learning_rate * warm * max(0.01, 0.5 + 0.5 * math.cos(math.pi * min(share, 1)))
+        rate = args.learning_rate * warm * max(0.01, 0.5 + 0.5 * math.cos(math.pi * done))
         for group in optimizer.param_groups:
             group["lr"] = rate
         pixels, owners, prompts, kinds, masks = batch(scenes, args.batch_size, rng)
@@ -173,9 +169,16 @@ def train(args: argparse.Namespace) -> int:
         elapsed = time.monotonic() - start
         if elapsed - shown > 10:
             shown = elapsed
-            print(f"step {step}  {share:4.0%}  loss {loss.item():.3f}  {elapsed:.0f} s", flush=True)
+            print(f"step {step}  {done:4.0%}  loss {loss.item():.3f}  {elapsed:.0f} s", flush=True)
     write(args.out, sam, {"made_by": made_by(args, step)})
     return step
+
+
+def progress(step: int, start: float, args: argparse.Namespace) -> float:
+    """The finished share of the training, by steps or by time."""
+    if args.steps:
+        return step / args.steps
+    return (time.monotonic() - start) / (60 * args.minutes)
 
 
 def made_by(args: argparse.Namespace, steps: int) -> dict:

@@ -1,5 +1,6 @@
 """`agevlm demo`: what is done again, what is kept, and who may work in a folder."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -8,86 +9,91 @@ from pathlib import Path
 
 import pytest
 
-from agevlm_mlx import demo
+from agevlm_mlx import demo, steps
 from agevlm_mlx.errors import UserError
 
 
-def opened(folder: Path, fresh: bool = False) -> demo.Demo:
-    """The demo of a folder as a new process sees it."""
-    notes = folder / "steps.json"
-    done = json.loads(notes.read_text()) if notes.is_file() else {}
-    return demo.Demo(folder, 1.0, fresh, done=done)
-
-
-def step(one: demo.Demo, inputs: object, code: str = "demo.py") -> bool:
-    """Run a step; was its work done (and not kept)?"""
+def step(folder: Path, inputs: object, code: str = "demo.py", fresh: bool = False) -> bool:
+    """Run a step as a new process would; was its work done (and not kept)?"""
     worked = []
-    result = one.step("draw", inputs, [code], lambda: worked.append(1) or {"n": 3})
+
+    def work() -> dict[str, int]:
+        worked.append(1)
+        (folder / "made").touch()
+        return {"n": 3}
+
+    again = steps.Steps(folder, fresh)
+    result = again.do("draw", work, inputs=inputs, code=[code], makes=[folder / "made"])
     assert result == {"n": 3}
+    assert again.record[0]["name"] == "draw"
+    assert again.record[0]["seconds"] >= 0
+    assert again.record[0]["reused"] is not bool(worked)
     return bool(worked)
 
 
 def test_a_step_is_kept_only_when_inputs_and_code_are_the_same(tmp_path):
-    assert step(opened(tmp_path), {"n": 1})
-    assert not step(opened(tmp_path), {"n": 1})
-    assert step(opened(tmp_path), {"n": 2})
-    assert step(opened(tmp_path), {"n": 2}, code="cli.py")
-    assert not step(opened(tmp_path), {"n": 2}, code="cli.py")
-    assert step(opened(tmp_path, fresh=True), {"n": 2}, code="cli.py")
+    assert step(tmp_path, {"n": 1})
+    assert not step(tmp_path, {"n": 1})
+    assert step(tmp_path, {"n": 2})
+    assert step(tmp_path, {"n": 2}, code="cli.py")
+    assert not step(tmp_path, {"n": 2}, code="cli.py")
+    assert step(tmp_path, {"n": 2}, code="cli.py", fresh=True)
 
 
-def test_another_package_version_does_everything_again(tmp_path, monkeypatch):
-    assert step(opened(tmp_path), 1)
-    monkeypatch.setattr(demo, "versions", lambda: {"mlx": "another"})
-    assert step(opened(tmp_path), 1)
+def test_what_was_deleted_is_made_again(tmp_path):
+    assert step(tmp_path, 1)
+    (tmp_path / "made").unlink()
+    assert step(tmp_path, 1)
+    (tmp_path / "steps.json").write_text("{damaged")
+    assert step(tmp_path, 1)
+
+
+def test_other_versions_do_everything_again(tmp_path, monkeypatch):
+    assert step(tmp_path, 1)
+    monkeypatch.setattr(steps, "versions", lambda: {"mlx": "another"})
+    assert step(tmp_path, 1)
 
 
 def test_code_is_the_content_of_files(tmp_path, monkeypatch):
     (tmp_path / "part").mkdir()
     (tmp_path / "part" / "a.py").write_text("one")
-    monkeypatch.setattr(demo, "__file__", str(tmp_path / "demo.py"))
-    before = demo._code(["part"])
+    monkeypatch.setattr(steps, "__file__", str(tmp_path / "steps.py"))
+    before = steps.code_digest(["part"])
     (tmp_path / "part" / "__pycache__").mkdir()
     (tmp_path / "part" / "__pycache__" / "a.pyc").write_text("cache")
-    assert demo._code(["part"]) == before
+    assert steps.code_digest(["part", "missing"]) == before
     (tmp_path / "part" / "a.py").write_text("two")
-    assert demo._code(["part"]) != before
-    assert demo._code(["part", "missing"]) != before or not (tmp_path / "missing").exists()
+    assert steps.code_digest(["part"]) != before
 
 
-def test_a_step_that_failed_is_done_again_and_knows_it_was_begun(tmp_path):
-    one = opened(tmp_path)
+def test_a_step_that_failed_is_done_again_and_knows_how_far_it_came(tmp_path):
+    def begin(inputs: int, fail: bool, fresh: bool = False) -> object:
+        again = steps.Steps(tmp_path, fresh)
+        found = []
 
-    def fail() -> None:
-        one.mark("train", "begun", {"guided": 5.0})
-        raise UserError("stopped")
+        def work() -> None:
+            found.append(again.begun("train"))
+            again.mark("train", {"guided": 5.0})
+            if fail:
+                raise UserError("stopped")
 
-    with pytest.raises(UserError):
-        one.step("train", 1, ["demo.py"], fail)
-    again = opened(tmp_path)
-    assert again.begun("train")
-    assert not opened(tmp_path, fresh=True).begun("train")
-    seen = []
-    again.step("train", 1, ["demo.py"], lambda: seen.append(again.begun("train")))
-    assert seen == [True]
-    other = opened(tmp_path)  # with other inputs there is nothing to go on with
-    other.step("train", 2, ["demo.py"], lambda: seen.append(other.begun("train")))
-    assert seen == [True, False]
+        with contextlib.suppress(UserError):
+            again.do("train", work, inputs=inputs, code=["demo.py"], makes=[])
+        return found[0]
 
-
-def test_times_and_kept_steps_are_reported(tmp_path):
-    step(opened(tmp_path), 1)
-    one = opened(tmp_path)
-    step(one, 1)
-    assert [(s["name"], s["reused"]) for s in one.steps] == [("draw", True)]
-    assert one.steps[0]["seconds"] >= 0
+    assert begin(1, fail=True) is None
+    assert begin(1, fail=True) == {"guided": 5.0}
+    assert begin(2, fail=True) is None  # with other inputs there is nothing to go on with
+    assert begin(2, fail=True, fresh=True) is None
+    assert begin(2, fail=False) == {"guided": 5.0}
+    assert begin(2, fail=True, fresh=True) is None
 
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from agevlm_mlx import demo
-with demo._lock(Path(sys.argv[1])):
+from agevlm_mlx import demo, steps
+with steps.claim(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -108,20 +114,20 @@ def test_a_second_demo_in_the_folder_is_refused_until_the_first_is_gone(tmp_path
         first.kill()
         first.wait()
     # Killed without a chance to clean up: the lock is free all the same.
-    with demo._lock(tmp_path):
+    with steps.claim(tmp_path):
         assert (tmp_path / ".lock").read_text() == f"{os.getpid()}\n"
 
 
 def test_a_command_that_outlives_its_demo_still_holds_the_lock(tmp_path):
-    with demo._lock(tmp_path) as lock:
+    with steps.claim(tmp_path) as lock:
         child = subprocess.Popen(["sleep", "60"], pass_fds=[lock])
     try:
-        with pytest.raises(UserError, match="another demo"), demo._lock(tmp_path):
+        with pytest.raises(UserError, match="another run"), steps.claim(tmp_path):
             pass
     finally:
         child.kill()
         child.wait()
-    with demo._lock(tmp_path):
+    with steps.claim(tmp_path):
         pass
 
 

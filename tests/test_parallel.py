@@ -88,6 +88,11 @@ def test_ctrl_c_reaches_a_command_once_and_waits_for_it(tmp_path):
     assert saved.read_text() == "saved\n"
 
 
+def test_the_terminals_ctrl_c_does_not_reach_a_command_twice(tmp_path):
+    run([task(tmp_path, "one", "import os; print(os.getsid(0))")])
+    assert int((tmp_path / "one.log").read_text()) != os.getsid(0)
+
+
 def test_a_command_that_does_not_end_is_killed(tmp_path, monkeypatch):
     monkeypatch.setattr(parallel, "GRACE", 0.2)
     ready = tmp_path / "ready"

@@ -4,6 +4,7 @@ A batch is a pure function of the seed and the step number, so that a resumed ru
 exactly what an undisturbed one would have seen.
 """
 
+import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -96,7 +97,7 @@ class Batches:
         batch_size: int,
         groups: Sequence[GroupSpec],
         seed: int,
-        store: Any = None,
+        store: Targets | None = None,
         flip: bool = False,
         root: Path | None = None,
     ) -> None:
@@ -192,7 +193,8 @@ class Batches:
                         continue
                     if flips[slot]:
                         target = target.reshape(self.grid)[:, ::-1].reshape(-1)
-                    guided += [(slot * R + r, column, target) for column in span]
+                    last = len(encoded.ids) - 1  # is predicted, but predicts nothing
+                    guided += [(slot * R + r, at, target) for at in span if at < last]
         return _pack(rows, guided, len(images), R, self.grid, self._pad_id())
 
     def _pad_id(self) -> int:
@@ -201,12 +203,13 @@ class Batches:
 
     def _target(self, record: Record, phrase: Phrase, geometry: Geometry) -> np.ndarray | None:
         """f32 [S] coverage, or None for a mask that should not guide."""
-        if phrase.box and (phrase.box[2] > geometry.width or phrase.box[3] > geometry.height):
+        where = phrase.box or phrase.point
+        if where and (where[-2] > geometry.width or where[-1] > geometry.height):
+            what = "box" if phrase.box else "point"
             raise UserError(
-                f"record {record.id}: the box {list(phrase.box)} of {phrase.text!r} is outside "
+                f"record {record.id}: the {what} {list(where)} of {phrase.text!r} is outside "
                 f"{record.image} ({geometry.width}x{geometry.height})"
             )
-        where = phrase.box or phrase.point
         if self.store is not None and where:
             key = record.image.relative_to(self.root).as_posix()
             try:
@@ -217,7 +220,10 @@ class Batches:
                     "run `agevlm teach` on this data again"
                 ) from None
         elif phrase.mask is not None:
-            mask = rle_decode(phrase.mask)
+            try:
+                mask = rle_decode(phrase.mask)
+            except UserError as error:
+                raise UserError(f"record {record.id}: {phrase.text!r}: {error}") from None
             if mask.shape != (geometry.height, geometry.width):
                 raise UserError(
                     f"record {record.id}: the mask of {phrase.text!r} is {mask.shape[1]}x"
@@ -226,7 +232,7 @@ class Batches:
             target = geometry.mask_to_grid(mask, self.grid)
         else:
             return None
-        usable = target.sum() >= _SMALLEST and target.mean() <= _LARGEST
+        usable = _SMALLEST <= target.sum() <= _LARGEST * geometry.filled * target.size
         return target if usable else None
 
     def _features(self, images: list[Path], flips: list[bool]) -> np.ndarray | None:
@@ -234,7 +240,15 @@ class Batches:
             return None
         rows = []
         for image, flipped in zip(images, flips, strict=True):
-            row = self.store.features(image.relative_to(self.root).as_posix())
+            key = image.relative_to(self.root).as_posix()
+            try:
+                row = self.store.features(key)
+            except KeyError:
+                row = None
+            if row is None:
+                raise UserError(
+                    f"the store has no features for {key}; run `agevlm teach` on this data again"
+                )
             grid = row.reshape(*self.grid, -1)
             rows.append((grid[:, ::-1] if flipped else grid).reshape(row.shape))
         return np.stack(rows)
@@ -246,15 +260,7 @@ def _common_root(images: Sequence[Path]) -> Path:
     if len(parents) == 1:
         parent = parents.pop()
         return parent.parent if parent.name == "images" else parent
-    return Path(*_shared([p.parts for p in parents]))
-
-
-def _shared(parts: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
-    """The longest common beginning."""
-    same = 0
-    while all(len(p) > same and p[same] == parts[0][same] for p in parts):
-        same += 1
-    return parts[0][:same]
+    return Path(os.path.commonpath(parents))
 
 
 def _round_up(n: int, step: int) -> int:
@@ -270,7 +276,7 @@ def _pack(
     pad: int,
 ) -> TextGroup:
     """Arrays of the encoded texts; a row that no text fills has no loss."""
-    T = _round_up(max(len(e.ids) for _, e in rows) - 1, _TOKENS)
+    T = _round_up(max((len(e.ids) for _, e in rows), default=1) - 1, _TOKENS)
     ids, labels = (np.full((B * R, T), pad, np.int32) for _ in range(2))
     loss_mask = np.zeros((B * R, T), np.float32)
     for row, encoded in rows:

@@ -1,8 +1,12 @@
 """Conversations as token ids: chat template, loss mask, and the tokens that phrases guide."""
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
+
+from jinja2 import TemplateError
 
 from ..errors import UserError
 from .records import Phrase, Turn
@@ -77,31 +81,50 @@ def encode(tokenizer: Any, turns: Sequence[Turn], phrases: Sequence[Phrase]) -> 
     batch = _fast(tokenizer)(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = batch["input_ids"], batch["offset_mapping"]
     loss_mask = [0] * len(ids)
-    places, answer_at, cursor = [], {}, 0
+    places = _places(tokenizer, turns, text)
+    answer_at: dict[int, int] = {}
     for k, turn in enumerate(turns):
-        if turn.role == "assistant":
-            prompt = _render(tokenizer, turns[:k], True)
-            if not text.startswith(prompt):
-                raise UserError(
-                    "tokenizer: its chat template changes earlier turns, so that the loss cannot "
-                    "be limited to the answers; use another template"
-                )
-            cursor = len(prompt)
-        place = text.find(turn.text.strip(), cursor)
-        if place < 0:
-            raise UserError(f"tokenizer: its chat template drops or rewrites {turn.text[:40]!r}")
-        places.append(place - (len(turn.text) - len(turn.text.lstrip())))
-        if turn.role == "assistant":
-            first = next(i for i, (low, high) in enumerate(offsets) if high > cursor)
-            answer_at[k] = first
-            end = place + len(turn.text.strip())
-            for i in range(first, len(ids)):
-                loss_mask[i] = 1
-                if offsets[i][0] >= end:  # the token that ends the turn, and no template after it
-                    break
-        cursor = place + len(turn.text.strip())
-    spans = tuple(_span(p, places[p.turn], turns, offsets, answer_at) for p in phrases)
+        if turn.role != "assistant":
+            continue
+        prompt = _render(tokenizer, turns[:k], True)
+        if not text.startswith(prompt):
+            raise UserError(
+                "tokenizer: its chat template changes earlier turns, so that the loss cannot "
+                "be limited to the answers; use another template"
+            )
+        first = next(i for i, (_, high) in enumerate(offsets) if high > len(prompt))
+        answer_at[k] = first
+        for i in range(first, len(ids)):
+            loss_mask[i] = 1
+            if offsets[i][0] >= places[k][1]:  # the token that ends the turn, nothing after it
+                break
+    spans = tuple(_span(p, places[p.turn][0], turns, offsets, answer_at) for p in phrases)
     return Encoded(tuple(ids), tuple(loss_mask), spans)
+
+
+def _places(tokenizer: Any, turns: Sequence[Turn], text: str) -> list[tuple[int, int]]:
+    """Where each turn's first character is in the rendered `text`, and where the turn ends.
+
+    The template is rendered a second time with marks instead of messages: a search for the
+    messages themselves could find their words in a system prompt.
+    """
+    marks = [f"\ue000{k}\ue001" for k in range(len(turns))]
+    marked = [Turn(turn.role, mark) for turn, mark in zip(turns, marks, strict=True)]
+    pieces = re.split("\ue000[0-9]+\ue001", _render(tokenizer, marked, False))
+    if len(pieces) == len(turns) + 1:
+        # Templates may strip messages, some only those of one side.
+        for user, assistant in product((str, str.strip, str.rstrip, str.lstrip), repeat=2):
+            places, built = [], pieces[0]
+            for turn, piece in zip(turns, pieces[1:], strict=True):
+                kept = (user if turn.role == "user" else assistant)(turn.text)
+                places.append((len(built) - turn.text.index(kept), len(built) + len(kept)))
+                built += kept + piece
+            if built == text:
+                return places
+    raise UserError(
+        "tokenizer: its chat template drops or rewrites messages, so that their words cannot be "
+        "found again; use another template"
+    )
 
 
 def _span(
@@ -115,7 +138,7 @@ def _span(
     own = [i for i, (a, b) in enumerate(offsets) if a < high and b > low and b > a]
     if not own:
         raise UserError(f"tokenizer: no token covers the phrase {phrase.text!r}")
-    first_word = low + len(phrase.text.split(" ")[0])
+    first_word = low + len(phrase.text.split()[0])
     known = max(i for i in own if offsets[i][0] < first_word)
     kept = [i for i in own if i >= known]
     if turns[phrase.turn].role == "assistant":
@@ -136,6 +159,12 @@ def _render(tokenizer: Any, turns: Sequence[Turn], add_generation_prompt: bool) 
     fast = _fast(tokenizer)
     if not fast.chat_template:
         raise UserError("tokenizer: it has no chat template; use an instruction-tuned model's")
-    return fast.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=add_generation_prompt
-    )
+    try:
+        return fast.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except TemplateError as error:
+        roles = ", ".join(turn.role for turn in turns) or "no turn"
+        raise UserError(
+            f"tokenizer: its chat template refuses a conversation of {roles}: {error}"
+        ) from None

@@ -35,8 +35,14 @@ def load_image(
     rotation is applied, an animation gives its first frame. ``UserError`` for what is
     missing, no image, truncated, empty or larger than `max_pixels`.
     """
-    name = "image" if isinstance(source, bytes | Image.Image) else str(source)
-    image = source if isinstance(source, Image.Image) else _open(source, name)
+    if isinstance(source, Image.Image):
+        return _upright(source, "image", max_pixels)
+    name = "image" if isinstance(source, bytes) else str(source)
+    with _open(source, name) as image:  # closes the file, also of an animation or a damaged one
+        return _upright(image, name, max_pixels)
+
+
+def _upright(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
     width, height = image.size
     if width == 0 or height == 0:
         raise UserError(f"{name}: expected an image with pixels, got {width}x{height}")
@@ -48,8 +54,9 @@ def load_image(
     try:
         image = ImageOps.exif_transpose(image)
         return _rgb(image)
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise UserError(f"{name}: damaged or truncated image: {error}") from None
+    except Exception as error:  # on damaged data a decoder may raise anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{name}: damaged or truncated image: {reason}") from None
 
 
 def _open(source: str | Path | bytes, name: str) -> Image.Image:
@@ -68,26 +75,27 @@ def _open(source: str | Path | bytes, name: str) -> Image.Image:
         raise UserError(
             f"{name}: too many pixels to decode safely; make it smaller first"
         ) from None
-    except (OSError, SyntaxError, ValueError) as error:
-        if isinstance(error, PermissionError):
-            raise UserError(f"{name}: not readable (permission denied)") from None
+    except PermissionError:
+        raise UserError(f"{name}: not readable (permission denied)") from None
+    except Exception:  # on damaged data a decoder may raise anything
         raise UserError(
             f"{name}: not an image that can be read (expected PNG, JPEG, ...)"
         ) from None
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
+    if image.mode == "RGB" and "transparency" not in image.info:
         image.load()
         return image
     if image.mode in ("I", "F", "I;16", "I;16B", "I;16L", "I;16N"):
         values = np.asarray(image, np.float64)
         top = 65535.0 if image.mode != "F" else 1.0
         if image.mode in ("I", "F"):  # no fixed range: 8-bit, 16-bit or 0..1 numbers
-            peak = float(np.nanmax(values)) if values.size else 0.0
+            values = np.where(np.isfinite(values), values, 0)
+            peak = float(values.max())
             top = next((t for t in (1.0, 255.0, 65535.0) if peak <= t), peak)
             top = 255.0 if image.mode == "I" and peak <= 255 else top
-        grey = np.clip(np.nan_to_num(values) / top * 255, 0, 255).astype(np.uint8)
+        grey = np.clip(values / top * 255, 0, 255).astype(np.uint8)
         return Image.fromarray(grey).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -118,6 +126,12 @@ class Geometry:
     scale_y: float
     offset_x: float
     offset_y: float
+
+    @property
+    def filled(self) -> float:
+        """The share of the input's area that shows the picture; padding is the rest."""
+        wide, high = self.width * self.scale_x, self.height * self.scale_y
+        return min(wide / self.image_size, 1) * min(high / self.image_size, 1)
 
     def to_input(self, points: np.ndarray) -> np.ndarray:
         """[n 2] x, y in the picture -> the same in the model's input."""
@@ -221,13 +235,18 @@ class Preprocessor:
 
     def normalise(self, values: np.ndarray) -> np.ndarray:
         """uint8 [... 3] input pixels -> f32, as the call does."""
-        mean, std = np.float32(self.image_mean), np.float32(self.image_std)
+        mean, std = (np.array(v, np.float32) for v in (self.image_mean, self.image_std))
         return (values.astype(np.float32) / 255 - mean) / std
 
     def resized(self, image: Image.Image) -> tuple[Image.Image, Geometry]:
         """The RGB image in the input's size, before normalisation."""
         size, geometry = self.image_size, self.geometry(*image.size)
         new = round(image.width * geometry.scale_x), round(image.height * geometry.scale_y)
+        if new[0] * new[1] > MAX_PIXELS:  # the whole strip of which a crop keeps the middle
+            raise UserError(
+                f"image: {image.width}x{image.height} is too long and thin to crop to a square; "
+                'cut it first, or use a model with resize = "pad"'
+            )
         resample = (
             Image.Resampling.BILINEAR if self.resample == "bilinear" else Image.Resampling.BICUBIC
         )

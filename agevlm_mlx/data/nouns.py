@@ -46,6 +46,7 @@ HELD_OUT: tuple[tuple[str, str], ...] = (
 CHARACTERS: dict[str, str] = dict([p for theme in THEMES.values() for p in theme] + [*HELD_OUT])
 NOUNS: tuple[str, ...] = tuple(noun for theme in THEMES.values() for noun, _ in theme)
 ALL_NOUNS: tuple[str, ...] = tuple(CHARACTERS)
+_THEME_NAMES = {noun: theme for theme, members in THEMES.items() for noun, _ in members}
 _THEME_OF = np.array([t for t, theme in enumerate(THEMES.values()) for _ in theme])
 _FREQUENCY = np.array([1 / (1 + 0.6 * j) for theme in THEMES.values() for j in range(len(theme))])
 _COUNTS, _COUNT_SHARES = (1, 2, 3, 4), (0.15, 0.35, 0.30, 0.20)
@@ -54,7 +55,7 @@ _SAME_THEME = 0.75
 
 def theme_of(noun: str) -> str | None:
     """The theme of a training noun; None for a held-out one."""
-    return list(THEMES)[_THEME_OF[NOUNS.index(noun)]] if noun in NOUNS else None
+    return _THEME_NAMES.get(noun)
 
 
 def with_article(noun: str) -> str:
@@ -105,6 +106,13 @@ def co_occurrence() -> np.ndarray:
     return together
 
 
+def absent_nouns(present: list[str]) -> list[str]:
+    """The nouns that a picture could hold and does not: held-out ones for a picture of those,
+    else training nouns. So no noun tells by itself whether it is there."""
+    pool = NOUNS if present[0] in NOUNS else ALL_NOUNS[len(NOUNS) :]
+    return [noun for noun in pool if noun not in present]
+
+
 def popular_absent(present: list[str], n: int = 8) -> list[str]:
     """The `n` most frequent training nouns that are not in the picture."""
     frequency = np.diag(co_occurrence())
@@ -114,7 +122,6 @@ def popular_absent(present: list[str], n: int = 8) -> list[str]:
 
 def likely_absent(present: list[str]) -> list[str]:
     """Absent training nouns, those that most often come with the present ones first."""
-    rows = [NOUNS.index(noun) for noun in present if noun in NOUNS]
-    score = co_occurrence()[rows].sum(axis=0) if rows else np.diag(co_occurrence())
+    score = co_occurrence()[[NOUNS.index(noun) for noun in present]].sum(axis=0)
     order = [NOUNS[i] for i in np.argsort(-score, kind="stable")]
     return [noun for noun in order if noun not in present]

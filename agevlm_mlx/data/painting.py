@@ -1,21 +1,24 @@
 """Paint one embedded picture: OpenMoji sprites on a procedural background, with exact masks."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from typing import Literal
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from .nouns import ALL_NOUNS, SPLITS, Split, sample_nouns
 
 SIDE = 128  # px of a picture
 ATLAS, ATLAS_COLUMNS, TILE = "openmoji.png", 13, 96
-#: Sprite sides in px; the gap keeps "big or small" answerable.
-SIZES: dict[str, tuple[int, int]] = {"small": (30, 40), "big": (50, 65)}
+#: Sides in px of a sprite before it is tilted, the end exclusive; the gap keeps "big or small"
+#: answerable.
+SIZES: dict[str, tuple[int, int]] = {"small": (29, 37), "big": (45, 58)}
 _MAX_OVERLAP = 0.10  # of the smaller sprite's square
 _MIN_VISIBLE = 0.75  # of a sprite's own pixels
+_TILT = math.radians(20)
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,9 @@ class Scene:
 
 @cache
 def _sprites() -> dict[str, Image.Image]:
+    """The atlas' tiles with premultiplied alpha, which resampling needs."""
     with (resources.files("agevlm_mlx") / "assets" / ATLAS).open("rb") as file:
-        atlas = Image.open(file).convert("RGBA")
+        atlas = Image.open(file).convert("RGBA").convert("RGBa")
     corners = [(i % ATLAS_COLUMNS * TILE, i // ATLAS_COLUMNS * TILE) for i in range(len(ALL_NOUNS))]
     tiles = [atlas.crop((x, y, x + TILE, y + TILE)) for x, y in corners]
     return dict(zip(ALL_NOUNS, tiles, strict=True))
@@ -70,28 +74,6 @@ def _background(rng: np.random.Generator) -> np.ndarray:
     return image + 4 * rng.standard_normal((SIDE, SIDE, 1), np.float32)
 
 
-def _colours(rgb: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Brightness and a slight tint, so that no object has one exact colour."""
-    tint = rng.uniform(0.82, 1.12) * rng.uniform(0.93, 1.07, 3)
-    return rgb * tint.astype(np.float32)
-
-
-def _place(
-    rng: np.random.Generator, side: int, taken: list[tuple[int, int, int]]
-) -> tuple[int, int] | None:
-    """A corner where a square of `side` px overlaps no other by much, or None."""
-    for _ in range(40):
-        x, y = (int(v) for v in rng.integers(0, SIDE - side + 1, 2))
-        for ox, oy, other in taken:
-            wide = min(x + side, ox + other) - max(x, ox)
-            high = min(y + side, oy + other) - max(y, oy)
-            if wide > 0 and high > 0 and wide * high > _MAX_OVERLAP * min(side, other) ** 2:
-                break
-        else:
-            return x, y
-    return None
-
-
 def make_scene(seed: int, split: Split, index: int) -> Scene:
     """Picture `index` of a split: depends on these three numbers only."""
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
@@ -102,40 +84,85 @@ def make_scene(seed: int, split: Split, index: int) -> Scene:
             return scene
 
 
+@dataclass(frozen=True)
+class _Pose:
+    """How a sprite stands: the length of its side, the tilted square around it, and its place."""
+
+    inner: int
+    angle: float
+    mirrored: bool
+    side: int
+    x: int = 0
+    y: int = 0
+
+
+def _pose(rng: np.random.Generator, size: Literal["small", "big"]) -> _Pose:
+    inner, angle = int(rng.integers(*SIZES[size])), float(rng.uniform(-_TILT, _TILT))
+    side = math.ceil(inner * (math.cos(angle) + abs(math.sin(angle))))
+    return _Pose(inner, angle, bool(rng.random() < 0.5), side)
+
+
+def _place(rng: np.random.Generator, side: int, others: list[_Pose]) -> tuple[int, int] | None:
+    """A corner where a square of `side` px overlaps no other by much, or None."""
+    for _ in range(40):
+        x, y = (int(v) for v in rng.integers(0, SIDE - side + 1, 2))
+        for other in others:
+            wide = min(x + side, other.x + other.side) - max(x, other.x)
+            high = min(y + side, other.y + other.side) - max(y, other.y)
+            if wide > 0 and high > 0 and wide * high > _MAX_OVERLAP * min(side, other.side) ** 2:
+                break
+        else:
+            return x, y
+    return None
+
+
 def _paint(rng: np.random.Generator, nouns: list[str]) -> Scene | None:
     """The nouns in places that leave all of them visible; None when the dice did not allow it."""
-    canvas = _background(rng)
-    masks: list[np.ndarray] = []
-    sizes, areas, taken = [], [], []
-    for noun in nouns:
-        size: Literal["small", "big"] = "big" if rng.random() < 0.5 else "small"
-        side = int(rng.integers(*SIZES[size]))
-        corner = _place(rng, side, taken)
+    sizes: list[Literal["small", "big"]] = []
+    poses: list[_Pose] = []
+    for _ in nouns:
+        sizes.append("big" if rng.random() < 0.5 else "small")
+        pose = _pose(rng, sizes[-1])
+        corner = _place(rng, pose.side, poses)
         if corner is None:
             return None
-        x, y = corner
-        sprite = _sprites()[noun]
-        if rng.random() < 0.5:
-            sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        angle = float(rng.uniform(-20, 20))
-        sprite = sprite.rotate(angle, Image.Resampling.BILINEAR, expand=True)
-        sprite = sprite.resize((side, side), Image.Resampling.BILINEAR)
-        rgba = np.asarray(sprite, np.float32)
-        alpha = rgba[..., 3:] / 255
-        spot = canvas[y : y + side, x : x + side]
-        spot += alpha * (_colours(rgba[..., :3], rng) - spot)
-        mask = np.zeros((SIDE, SIDE), bool)
-        mask[y : y + side, x : x + side] = alpha[..., 0] > 0.5
-        masks = [m & ~mask for m in masks]
-        masks.append(mask)
-        areas.append(mask.sum())
-        sizes.append(size)
-        taken.append((x, y, side))
+        poses.append(replace(pose, x=corner[0], y=corner[1]))
+    spots = [(slice(p.y, p.y + p.side), slice(p.x, p.x + p.side)) for p in poses]
+    cutouts = [_cutout(noun, pose) for noun, pose in zip(nouns, poses, strict=True)]
+    masks, areas = np.zeros((len(nouns), SIDE, SIDE), bool), []
+    for i, (spot, cutout) in enumerate(zip(spots, cutouts, strict=True)):
+        opaque = cutout[..., 3] > 127.5
+        masks[:i, *spot] &= ~opaque
+        masks[i, *spot] = opaque
+        areas.append(opaque.sum())
     if any(m.sum() < _MIN_VISIBLE * area for m, area in zip(masks, areas, strict=True)):
         return None
     boxes = []
     for mask in masks:
         columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
         boxes.append((columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))
+    canvas = _background(rng)
+    for spot, cutout in zip(spots, cutouts, strict=True):
+        # Brightness and a slight tint, so that no object has one exact colour.
+        tint = rng.uniform(0.82, 1.12) * rng.uniform(0.93, 1.07, 3)
+        canvas[spot] *= 1 - cutout[..., 3:] / 255
+        canvas[spot] += cutout[..., :3] * tint.astype(np.float32)
     image = np.clip(canvas, 0, 255).astype(np.uint8)
-    return Scene(image, tuple(nouns), tuple(sizes), np.stack(masks), np.array(boxes))
+    return Scene(image, tuple(nouns), tuple(sizes), masks, np.array(boxes))
+
+
+def _cutout(noun: str, pose: _Pose) -> np.ndarray:
+    """f32 [side side 4]: the noun's sprite as it stands, alpha premultiplied."""
+    cos, sin = math.cos(pose.angle), math.sin(pose.angle)
+    # Shrunk first, with antialiasing, then turned.
+    small = _sprites()[noun].resize((pose.inner, pose.inner), Image.Resampling.BILINEAR)
+    small = ImageOps.expand(small, 1)  # a clear rim, so that turned edges come out smooth
+    flip, to, half = -1 if pose.mirrored else 1, pose.side / 2, pose.inner / 2 + 1
+    # Output to input pixels: x' = a x + b y + c, y' = d x + e y + f, about the centres.
+    turn = (
+        *(flip * cos, flip * sin, half - flip * to * (cos + sin)),
+        *(-sin, cos, half + to * (sin - cos)),
+    )
+    square = (pose.side, pose.side)
+    turned = small.transform(square, Image.Transform.AFFINE, turn, Image.Resampling.BICUBIC)
+    return np.asarray(turned, np.float32)

@@ -13,8 +13,7 @@ instances. Image paths are relative to the file's folder and may not leave it.
 
 import gc
 import json
-import math
-import re
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,12 +21,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-from PIL import Image, ImageDraw
-
 from ..config import read_json
 from ..errors import UserError
-from ..sam.targets import rle_decode, rle_encode
 
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 #: What a picture's caption answers, where the file holds captions only.
@@ -82,7 +77,7 @@ def read_records(path: Path) -> list[Record]:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Without the garbage collector, which makes a hundred thousand small objects 3 times slower."""
+    """Without the garbage collector, with which a hundred thousand records take 3 times longer."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -107,7 +102,7 @@ def _read_file(path: Path) -> list[Record]:
         raise UserError(
             f"{path}: expected a .json or .jsonl file, got {path.suffix or 'no suffix'}"
         )
-    return _with_images(records, path)
+    return with_images(records, path)
 
 
 def _read_folder(path: Path) -> list[Record]:
@@ -117,6 +112,8 @@ def _read_folder(path: Path) -> list[Record]:
     if len(found) == 1:
         return _read_file(found[0])
     if (path / "captions.json").is_file() and (path / "instances.json").is_file():
+        from .coco import read_coco  # which builds on this module
+
         return read_coco(path / "captions.json", path / "instances.json", path / "images")
     if len(found) > 1:
         raise UserError(f"{path}: holds {len(found)} .jsonl files; pass the path of one of them")
@@ -127,14 +124,15 @@ def _read_folder(path: Path) -> list[Record]:
 
 def _lines(path: Path) -> Iterator[tuple[str, Any]]:
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
                 try:
                     yield f"{path}:{number}", json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise UserError(f"{path}:{number}: malformed JSON: {error.msg}") from None
+                except (ValueError, RecursionError) as error:
+                    reason = getattr(error, "msg", str(error))
+                    raise UserError(f"{path}:{number}: malformed JSON: {reason}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: expected UTF-8 text: {error.reason}") from None
 
@@ -156,7 +154,7 @@ def _record(item: Any, root: Path, where: str) -> Record:
         raise UserError(f"{where}: expected a list in 'phrases', got {type(listed).__name__}")
     phrases = tuple(_phrase(p, turns, where) for p in listed)
     return Record(
-        identity, _inside(root, image, where), turns, phrases, str(item.get("kind", "chat"))
+        identity, inside(root, image, where), turns, phrases, str(item.get("kind", "chat"))
     )
 
 
@@ -170,7 +168,8 @@ def _turn(message: Any, where: str) -> Turn:
         raise UserError(f"{where}: expected a message from {' or '.join(ROLES)}, got {got!r}")
     if not isinstance(text, str):
         raise UserError(f"{where}: expected text in a message, got {text!r}")
-    text = re.sub(r"\s*<image>\s*", "", text) if "<image>" in text else text
+    if "<image>" in text:
+        text = " ".join(part.strip() for part in text.split("<image>") if part.strip())
     if not text.strip():
         raise UserError(f"{where}: a message of the {role} is empty")
     return Turn(role, text)  # pyright: ignore[reportArgumentType]
@@ -180,7 +179,7 @@ def _phrase(item: Any, turns: Sequence[Turn], where: str) -> Phrase:
     try:
         turn, start, end = int(item["turn"]), int(item["start"]), int(item["end"])
         text = str(item["text"])
-    except (TypeError, KeyError, ValueError):
+    except (TypeError, KeyError, ValueError, OverflowError):
         raise UserError(
             f"{where}: expected text, turn, start and end in a phrase, got {item!r}"
         ) from None
@@ -188,98 +187,53 @@ def _phrase(item: Any, turns: Sequence[Turn], where: str) -> Phrase:
         raise UserError(
             f"{where}: the phrase {text!r} is not at characters {start}..{end} of turn {turn}"
         )
-    box, point = _numbers(item, "box", 4, where), _numbers(item, "point", 2, where)
+    if text != text.strip():
+        raise UserError(f"{where}: the phrase {text!r} begins or ends with a space; leave it out")
+    box, point = numbers(item, "box", 4, where), numbers(item, "point", 2, where)
     if box and (box[2] <= box[0] or box[3] <= box[1] or min(box) < 0):
         raise UserError(
             f"{where}: expected a box x0 y0 x1 y1 with x0 < x1, y0 < y1, got {list(box)}"
         )
+    if point and min(point) < 0:
+        raise UserError(f"{where}: expected a point x y inside the image, got {list(point)}")
     return Phrase(text, turn, start, end, box, point, item.get("mask"))  # pyright: ignore[reportArgumentType]
 
 
-def _numbers(item: Mapping[str, Any], key: str, n: int, where: str) -> tuple[float, ...] | None:
+def numbers(item: Mapping[str, Any], key: str, n: int, where: str) -> tuple[float, ...] | None:
+    """The `n` finite numbers under `key`, None if there are none; `where` begins the error."""
     value = item.get(key)
     if value is None:
         return None
     good = isinstance(value, list) and len(value) == n
-    if not good or not all(isinstance(v, int | float) and math.isfinite(v) for v in value):
+    # The limit is far beyond any image, and keeps huge integers away from float arithmetic.
+    if not good or not all(type(v) in (int, float) and -1e9 < v < 1e9 for v in value):
         raise UserError(f"{where}: expected {n} numbers in '{key}', got {value!r}")
     return tuple(value)
 
 
-def _inside(root: Path, image: str, where: str) -> Path:
+def inside(root: Path, image: str, where: str) -> Path:
+    """The path of an image of the folder `root`; ``UserError`` if it leads out of it."""
     path = _joined(root, image)
     if path is None:
-        raise UserError(f"{where}: expected an image inside {root}, got {image!r}")
+        raise UserError(
+            f"{where}: expected an image inside {root}, got {image!r}; move or link it there"
+        )
     return path
 
 
 @lru_cache(maxsize=16)  # the records of an image stand together
 def _joined(root: Path, image: str) -> Path | None:
-    path = Path(image)
-    return None if ".." in path.parts and not path.is_absolute() else root / path
+    path = root / image
+    inside = Path(os.path.abspath(path)).is_relative_to(os.path.abspath(root))
+    return path if inside and ".." not in Path(image).parts else None
 
 
-def _with_images(records: list[Record], source: Path) -> list[Record]:
-    """`records`, if their images exist."""
+def with_images(records: list[Record], source: Path) -> list[Record]:
+    """`records`, if there are any and their images exist."""
+    if not records:
+        raise UserError(f"{source}: expected at least one record, got none")
     missing = [i for i in dict.fromkeys(r.image for r in records) if not i.is_file()]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(f"{source}: image not found: {missing[0]}{more}")
     return records
-
-
-def read_coco(captions: Path, instances: Path, images: Path) -> list[Record]:
-    """COCO captions, their words tied to the instances of the category they name.
-
-    A category is found in a caption as a whole word, also with a plural s; its phrase covers
-    all instances of it in the picture.
-    """
-    try:
-        tables = read_json(instances)
-        names = {c["id"]: str(c["name"]) for c in tables["categories"]}
-        sizes = {i["id"]: (int(i["height"]), int(i["width"])) for i in tables["images"]}
-        objects: dict[Any, dict[str, list[dict]]] = {}
-        for item in tables["annotations"]:
-            own = objects.setdefault(item["image_id"], {})
-            own.setdefault(names[item["category_id"]], []).append(item)
-        texts = read_json(captions)
-        files = {i["id"]: str(i["file_name"]) for i in texts["images"]}
-        records = []
-        for item in texts["annotations"]:
-            key, text = item["image_id"], str(item["caption"])
-            phrases = tuple(_found(text, objects.get(key, {}), sizes.get(key)))
-            turns = (Turn("user", CAPTION_PROMPT), Turn("assistant", text))
-            image = _inside(images, files[key], f"{captions}: image {key}")
-            records.append(Record(str(item["id"]), image, turns, phrases, "caption"))
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{captions}, {instances}: not COCO tables that fit: {error!r}") from None
-    return _with_images(records, captions)
-
-
-def _found(
-    text: str, objects: Mapping[str, list[dict]], size: tuple[int, int] | None
-) -> Iterator[Phrase]:
-    spans = []
-    for name, items in objects.items():
-        match = re.search(rf"\b{re.escape(name)}(?=s?\b)", text, re.IGNORECASE)
-        if match and size:
-            spans.append((match.start(), match.end(), items))
-    for start, end, items in sorted(spans, key=lambda s: s[:2]):
-        mask = np.any([_mask(item["segmentation"], size or (0, 0)) for item in items], axis=0)
-        corners = np.array([item["bbox"] for item in items], float)
-        corners[:, 2:] += corners[:, :2]
-        low, high = corners[:, :2].min(axis=0), corners[:, 2:].max(axis=0)
-        box = (float(low[0]), float(low[1]), float(high[0]), float(high[1]))
-        yield Phrase(text[start:end], 1, start, end, box, None, rle_encode(mask))
-
-
-def _mask(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
-    """bool [h w] of a COCO segmentation: RLE, or polygons of x y x y ... ."""
-    if isinstance(segmentation, dict):
-        return rle_decode(segmentation)
-    canvas = Image.new("1", (size[1], size[0]))
-    for polygon in segmentation:
-        ImageDraw.Draw(canvas).polygon([float(v) for v in polygon], fill=1)
-    return np.asarray(canvas)

@@ -4,12 +4,12 @@ Each text is one LLaVA record (see `records`) with our two extra keys: `kind`, a
 that tie words to boxes. Absent objects have no phrase, so nothing guides them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from .nouns import NOUNS, likely_absent, popular_absent, theme_of, with_article
+from .nouns import NOUNS, absent_nouns, likely_absent, popular_absent, theme_of, with_article
 from .painting import SIDE, Scene
 
 NUMBERS = ("One", "Two", "Three", "Four")
@@ -78,12 +78,12 @@ def scene_records(scene: Scene, stem: str, image: str, rng: np.random.Generator)
     w = Writer(scene, stem, image, rng)
     nouns, order = list(scene.nouns), scene.left_to_right()
     w.add("caption", DESCRIBE, caption([nouns[i] for i in order]), 1, *order)
-    absent = [noun for noun in NOUNS if noun not in nouns]
+    absent = absent_nouns(nouns)
     for noun in (nouns * 6)[:6]:
         w.presence("presence", noun, bool(rng.random() < 0.5))
     for i in rng.choice(len(absent), 6, replace=False):
         w.presence("presence", absent[i], bool(rng.random() < 0.5))
-    hard = likely_absent(nouns)[:6]
+    hard = _ranked(likely_absent, nouns, rng)[:6]
     for i, noun in enumerate((nouns * 2)[:2]):
         w.presence("presence_hard", noun, bool(rng.random() < 0.5))
         w.presence("presence_hard", hard[int(rng.integers(3)) + 3 * i], bool(rng.random() < 0.5))
@@ -102,6 +102,17 @@ def scene_records(scene: Scene, stem: str, image: str, rng: np.random.Generator)
     return w.records
 
 
+def _ranked(
+    rank: Callable[[list[str]], list[str]], nouns: list[str], rng: np.random.Generator
+) -> list[str]:
+    """Absent nouns as `rank` orders them; held-out ones, which no picture of the training
+    data could make likely, in random order."""
+    if nouns[0] in NOUNS:
+        return rank(nouns)
+    absent = absent_nouns(nouns)
+    return [absent[i] for i in rng.permutation(len(absent))]
+
+
 def corner(scene: Scene, index: int) -> str | None:
     """``Top left`` ..., or None when the object is too near the middle lines."""
     x0, y0, x1, y1 = scene.boxes[index]
@@ -114,7 +125,7 @@ def corner(scene: Scene, index: int) -> str | None:
 def mismatched(nouns: Sequence[str], rng: np.random.Generator) -> list[str]:
     """The same list with one noun replaced by an absent one of its theme (else of any)."""
     spot = int(rng.integers(len(nouns)))
-    absent = [noun for noun in NOUNS if noun not in nouns]
+    absent = absent_nouns(list(nouns))
     same = [noun for noun in absent if theme_of(noun) == theme_of(nouns[spot])] or absent
     return [*nouns[:spot], same[int(rng.integers(len(same)))], *nouns[spot + 1 :]]
 
@@ -122,13 +133,13 @@ def mismatched(nouns: Sequence[str], rng: np.random.Generator) -> list[str]:
 def pope_questions(scene: Scene, image: str, rng: np.random.Generator) -> dict[str, list[dict]]:
     """POPE's questions by kind: one about a present and one about an absent noun each."""
     nouns = list(scene.nouns)
-    absent = [noun for noun in NOUNS if noun not in nouns]
+    absent = absent_nouns(nouns)
     present = nouns[int(rng.integers(len(nouns)))]
-    popular = popular_absent(nouns)
+    popular = _ranked(popular_absent, nouns, rng)
     negatives = {
         "random": absent[int(rng.integers(len(absent)))],
         "popular": popular[int(rng.integers(len(popular)))],
-        "adversarial": likely_absent(nouns)[0],
+        "adversarial": _ranked(likely_absent, nouns, rng)[0],
     }
     return {
         kind: [

@@ -9,8 +9,9 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
@@ -22,7 +23,7 @@ from PIL import Image
 
 from ..errors import UserError
 from ..sam.targets import rle_encode
-from .nouns import ALL_NOUNS, SPLITS, Split
+from .nouns import ALL_NOUNS, NOUNS, SPLITS, Split
 from .painting import SIDE, make_scene
 from .scene_texts import POPE_KINDS, caption, pope_questions, scene_records
 
@@ -55,8 +56,12 @@ def write_scenes(
     if _finished(out, about):
         return False
     images = out / "images"
-    images.mkdir(parents=True, exist_ok=True)
-    (out / ".unfinished").write_text(json.dumps(about))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / ".unfinished").write_text(json.dumps(about))
+        images.mkdir(exist_ok=True)
+    except (PermissionError, FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"{out}: expected a folder that can be written, {error.strerror}") from None
     jobs = [(str(images), seed, split, i, min(i + _CHUNK, n)) for i in range(0, n, _CHUNK)]
     parts, done = [], 0
     with contextlib.closing(_run(jobs)) as finished:
@@ -99,13 +104,15 @@ def _brief(about: Any) -> str:
     return " ".join(f"{key}={about.get(key)}" for key in ("split", "n", "seed", "version"))
 
 
-def _run(jobs: list[tuple]) -> Iterator[dict[str, Any]]:
+def _run(jobs: list[tuple]) -> Generator[dict[str, Any], None, None]:
     """The results of `_paint_chunk` in order, from as many processes as there are cores."""
     workers = min(os.cpu_count() or 1, len(jobs))
     if workers == 1 or not _can_spawn():
         yield from map(_paint_chunk, jobs)
         return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(
+        workers, mp_context=get_context("spawn"), initializer=_leave_interrupts_to_the_parent
+    ) as pool:
         try:
             yield from pool.map(_paint_chunk, jobs)
         except BrokenProcessPool:
@@ -117,14 +124,16 @@ def _run(jobs: list[tuple]) -> Iterator[dict[str, Any]]:
             raise
 
 
+def _leave_interrupts_to_the_parent() -> None:
+    """Ctrl-C reaches every process; the parent stops the workers, without their tracebacks."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def _can_spawn() -> bool:
     """Spawned workers import the main script again, which an interactive one does not survive."""
     main = sys.modules.get("__main__")
-    return (
-        getattr(main, "__spec__", None) is not None
-        or not hasattr(main, "__file__")
-        or (Path(str(main.__file__)).is_file())
-    )
+    script = getattr(main, "__file__", None)
+    return getattr(main, "__spec__", None) is not None or script is None or Path(script).is_file()
 
 
 def _paint_chunk(job: tuple[str, int, Split, int, int]) -> dict[str, Any]:
@@ -164,7 +173,7 @@ def _write_tables(out: Path, parts: list[dict[str, Any]]) -> None:
     def rows(key: str) -> list[dict]:
         return [row for part in parts for row in part[key]]
 
-    used = {row["category_id"] for row in rows("annotations")} | set(range(1, 41))
+    used = {row["category_id"] for row in rows("annotations")} | set(range(1, len(NOUNS) + 1))
     categories = [{"id": i, "name": noun} for i, noun in enumerate(ALL_NOUNS, 1) if i in used]
     coco = {"info": {"description": "agevlm-mlx embedded scenes", "attribution": ATTRIBUTION}}
     captions = [{"id": i, **row} for i, row in enumerate(rows("captions"))]

@@ -131,7 +131,11 @@ class Asker:
         return margins
 
     def answers(
-        self, texts: Sequence[Sequence[Ids]], firsts: Sequence[Sequence[int]], max_tokens: int = 8
+        self,
+        texts: Sequence[Sequence[Ids]],
+        firsts: Sequence[Sequence[int]],
+        max_tokens: int = 8,
+        step: Step = lambda: None,
     ) -> list[list[str]]:
         """The greedy answers to prompts of mixed lengths whose first tokens are known.
 
@@ -149,7 +153,7 @@ class Asker:
             longer = [
                 [[*texts[i][r], *said[i][r]] for r in rows] for i, rows in enumerate(open_rows)
             ]
-            after = self.next_logits(longer)
+            after = self.next_logits(longer, step=step)
             for i, rows in enumerate(open_rows):
                 for r, (_, token) in zip(rows, after[i], strict=True):
                     said[i][r].append(token)
@@ -167,8 +171,8 @@ class Asker:
         """The greedy answer to one question for every image, decoded in batches with a cache."""
         prompt, ends = np.array(self.prompt(question), np.int32), set(self.tokenizer.eos_token_ids)
         texts = []
-        for start in range(0, self._z_img.shape[0], 2 * self.batch_size):
-            images = range(start, min(start + 2 * self.batch_size, self._z_img.shape[0]))
+        for start in range(0, self._z_img.shape[0], self.batch_size):
+            images = range(start, min(start + self.batch_size, self._z_img.shape[0]))
             cache = self._look(images, 1, None)
             tokens = mx.array(np.broadcast_to(prompt, (len(images), len(prompt))))
             said = np.zeros((len(images), 0), np.int32)

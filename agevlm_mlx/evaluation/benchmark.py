@@ -10,7 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from ..weights import Loaded
+from . import metrics
 
 Progress = Callable[[str, int, int], None]
 
@@ -64,3 +67,27 @@ def flatten(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+class Scores:
+    """Collects numbers under dotted names, each with its interval over the bootstrap draws."""
+
+    def __init__(self, draws: metrics.Weights) -> None:
+        self.draws = draws
+        self.values: dict[str, Any] = {}
+        self.intervals: dict[str, tuple[float, float]] = {}
+
+    def put(self, name: str, value: float, draws: np.ndarray | None = None) -> None:
+        """Set the metric `name` (dotted), with its values under the bootstrap draws."""
+        *parents, last = name.split(".")
+        table = self.values
+        for key in parents:
+            table = table.setdefault(key, {})
+        table[last] = value
+        if draws is not None:
+            self.intervals[name] = metrics.interval(draws)
+
+    def mean(self, name: str, images: Sequence[int], values: metrics.Numbers) -> None:
+        parts = metrics.per_image(images, values, self.draws.shape[1])
+        mean = metrics.divide(parts[0].sum(), parts[1].sum())
+        self.put(name, mean, metrics.ratio_draws(*parts, self.draws))

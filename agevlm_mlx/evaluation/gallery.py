@@ -12,7 +12,7 @@ from .overlay import display_size, overlay
 from .scene_folder import SceneItem
 
 #: Side of a picture in the report, in pixels.
-SIDE = 240
+SIDE = 280
 
 
 @dataclass(frozen=True)

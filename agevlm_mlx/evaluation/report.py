@@ -167,6 +167,7 @@ def summary(report: Mapping[str, Any]) -> str:
         values = [flat[name].get(key) for name in ARMS]
         cells = "".join(f"{'-' if v is None else f'{v:.{digits}f}':>10}" for v in values)
         gap = report["difference"].get(key)
-        note = f"   {gap[0]:+.3f} [{gap[1]:+.3f}, {gap[2]:+.3f}]" if gap else ""
+        known = gap is not None and np.isfinite(gap).all()
+        note = f"   {gap[0]:+.3f} [{gap[1]:+.3f}, {gap[2]:+.3f}]" if known else ""
         lines.append(f"{key:<36}{cells}{note}")
     return "\n".join(lines)

@@ -5,7 +5,8 @@ so that a folder of other pictures in the same formats can take its place.
 """
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from .. import config
 from ..data.nouns import theme_of
 from ..errors import UserError
 from ..sam.targets import rle_decode
+from .metrics import NounVocabulary
 
 POPE_SPLITS = ("random", "popular", "adversarial")
 
@@ -153,3 +155,30 @@ def _image_path(folder: Path, name: str) -> Path:
         if candidate.is_file() and candidate.resolve().is_relative_to(folder.resolve()):
             return candidate
     raise UserError(f"{folder}: expected the image {name} in it, as instances.json says")
+
+
+def swap_noun(
+    caption: str, nouns: Sequence[str], themes: Mapping[str, str], rng: np.random.Generator
+) -> str | None:
+    """The caption with one of its nouns replaced by an absent one of the same theme.
+
+    None when the caption names none of `nouns` or no theme has another noun to offer.
+    """
+    said = NounVocabulary(nouns).mentions(caption)
+    choices = [
+        (noun, other)
+        for noun in dict.fromkeys(said)
+        for other in sorted(themes)
+        if themes[other] == themes.get(noun) and other not in nouns
+    ]
+    if not choices:
+        return None
+    noun, other = choices[rng.integers(len(choices))]
+
+    def replace(match: re.Match[str]) -> str:
+        article = match.group(1) or ""
+        if article.strip().lower() in ("a", "an"):
+            article = ("A" if article[0] == "A" else "a") + ("n " if other[0] in "aeiou" else " ")
+        return article + other
+
+    return re.sub(rf"\b(an? )?{re.escape(noun)}\b", replace, caption, count=1, flags=re.IGNORECASE)

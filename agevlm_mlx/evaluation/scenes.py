@@ -5,7 +5,6 @@ control, caption matching, caption hallucination (CHAIR), and where the attentio
 noun a question asks for, against the true masks and against looking everywhere.
 """
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,9 +18,16 @@ from ..errors import UserError
 from ..weights import Loaded
 from . import metrics
 from .asking import Asker
-from .benchmark import Result, Settings
+from .benchmark import Result, Scores, Settings
 from .overlay import peak_point
-from .scene_folder import POPE_SPLITS, Question, SceneFolder, SceneItem, read_scene_folder
+from .scene_folder import (
+    POPE_SPLITS,
+    Question,
+    SceneFolder,
+    SceneItem,
+    read_scene_folder,
+    swap_noun,
+)
 
 #: TorchRay's tolerance of the pointing game: 15 pixels where the shorter side has 224.
 TOLERANCE = 15 / 224
@@ -36,7 +42,7 @@ def run(loaded: Loaded, data: Path, settings: Settings) -> Result:
     asker = Asker(
         loaded, [i.path for i in items], load_image, settings.batch_size, progress("encode images")
     )
-    score = _Score(draws)
+    score = Scores(draws)
     answers = _pope(asker, items, settings, score, progress)
     answers += _matching(asker, items, folder, settings, score, progress)
     answers += _captions(asker, items, folder, settings, score, progress)
@@ -89,35 +95,11 @@ class _Steps:
         return step
 
 
-class _Score:
-    """Collects the numbers and their intervals."""
-
-    def __init__(self, draws: metrics.Weights) -> None:
-        self.draws = draws
-        self.values: dict[str, Any] = {}
-        self.intervals: dict[str, tuple[float, float]] = {}
-
-    def put(self, name: str, value: float, draws: np.ndarray | None = None) -> None:
-        """Set the metric `name` (dotted), with its values under the bootstrap draws."""
-        *parents, last = name.split(".")
-        table = self.values
-        for key in parents:
-            table = table.setdefault(key, {})
-        table[last] = value
-        if draws is not None:
-            self.intervals[name] = metrics.interval(draws)
-
-    def mean(self, name: str, images: Sequence[int], values: metrics.Numbers) -> None:
-        parts = metrics.per_image(images, values, self.draws.shape[1])
-        mean = metrics.divide(parts[0].sum(), parts[1].sum())
-        self.put(name, mean, metrics.ratio_draws(*parts, self.draws))
-
-
 # --- POPE ------------------------------------------------------------------------------------
 
 
 def _pope(
-    asker: Asker, items: Sequence[SceneItem], settings: Settings, score: _Score, progress: _Steps
+    asker: Asker, items: Sequence[SceneItem], settings: Settings, score: Scores, progress: _Steps
 ) -> list[dict[str, Any]]:
     # A question of several splits is asked once.
     texts = [sorted({q.text for s in POPE_SPLITS for q in i.questions[s]}) for i in items]
@@ -127,7 +109,7 @@ def _pope(
     shuffled = asker.next_logits(prompts, order, progress("the same, other images"))
     blind = asker.blind_margin([t for row in texts for t in row])
     firsts = [[token for _, token in row] for row in seen]
-    said = asker.answers(prompts, firsts)
+    said = asker.answers(prompts, firsts, step=progress("the answers in words"))
     place = [{text: n for n, text in enumerate(row)} for row in texts]
     rows: list[dict[str, Any]] = []
     for split in POPE_SPLITS:
@@ -162,7 +144,7 @@ def _pope(
 
 
 def _score_split(
-    score: _Score,
+    score: Scores,
     name: str,
     images: Sequence[int],
     questions: Sequence[Question],
@@ -191,39 +173,12 @@ def _score_split(
 # --- matching --------------------------------------------------------------------------------
 
 
-def swap_noun(
-    caption: str, nouns: Sequence[str], themes: Mapping[str, str], rng: np.random.Generator
-) -> str | None:
-    """The caption with one of its nouns replaced by an absent one of the same theme.
-
-    None when the caption names none of `nouns` or no theme has another noun to offer.
-    """
-    said = metrics.NounVocabulary(nouns).mentions(caption)
-    choices = [
-        (noun, other)
-        for noun in dict.fromkeys(said)
-        for other in sorted(themes)
-        if themes[other] == themes.get(noun) and other not in nouns
-    ]
-    if not choices:
-        return None
-    noun, other = choices[rng.integers(len(choices))]
-
-    def replace(match: re.Match[str]) -> str:
-        article = match.group(1) or ""
-        if article.strip().lower() in ("a", "an"):
-            article = ("A" if article[0] == "A" else "a") + ("n " if other[0] in "aeiou" else " ")
-        return article + other
-
-    return re.sub(rf"\b(an? )?{re.escape(noun)}\b", replace, caption, count=1, flags=re.IGNORECASE)
-
-
 def _matching(
     asker: Asker,
     items: Sequence[SceneItem],
     folder: SceneFolder,
     settings: Settings,
-    score: _Score,
+    score: Scores,
     progress: _Steps,
 ) -> list[dict[str, Any]]:
     rng = np.random.default_rng(settings.seed + 1)
@@ -266,7 +221,7 @@ def _captions(
     items: Sequence[SceneItem],
     folder: SceneFolder,
     settings: Settings,
-    score: _Score,
+    score: Scores,
     progress: _Steps,
 ) -> list[dict[str, Any]]:
     nouns = metrics.NounVocabulary(list(folder.themes))
@@ -302,7 +257,7 @@ def _grounding(
     asker: Asker,
     items: Sequence[SceneItem],
     folder: SceneFolder,
-    score: _Score,
+    score: Scores,
     progress: _Steps,
 ) -> list[dict[str, Any]]:
     nouns = metrics.NounVocabulary(list(folder.themes))

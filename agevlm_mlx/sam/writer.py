@@ -194,7 +194,9 @@ class StoreWriter:
         name = f"shard-{number:05d}-{table.images}.safetensors"
         if number < len(index.shards) and index.shards[number].file == name:
             return
-        data = save({key: np.concatenate(parts) for key, parts in table.parts.items()})
+        # safetensors writes the memory as it lies, so it has to lie in C order.
+        tensors = {k: np.ascontiguousarray(np.concatenate(p)) for k, p in table.parts.items()}
+        data = save(tensors)
         write_atomic(self.path / name, data)
         shard = Shard(name, hashlib.sha256(data).hexdigest(), table.images, table.rows)
         index.shards[number:] = [shard]

@@ -1,16 +1,13 @@
-"""From a recipe to things that can be trained: data, teacher's store, tokenizer, model."""
+"""From a recipe to things that can be trained: data, tokenizer, model, the teacher's labels."""
 
 import math
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.tokenizer_utils import load as load_tokenizer
 
 from .. import config, weights
 from ..data import scenes
@@ -20,9 +17,10 @@ from ..data.image import Preprocessor
 from ..data.records import Record, read_records
 from ..errors import UserError
 from ..models.agevlm import AgeVLM
-from ..sam.labelling import image_key
-from ..sam.store import Store, file_sha256
+from ..sam.store import Store
+from .labels import Labelling, root
 from .objective import FeatureAdaptor
+from .rules import parameter_scales
 from .stages import DataSpec, ModelSpec, Recipe, Stage
 
 Say = Callable[[str], None]
@@ -53,11 +51,12 @@ class Job:
             seed=self.recipe.train.seed,
             store=self.store,
             flip=self.recipe.data.flip,
-            root=_root(self.recipe.data.train),
+            root=root(self.recipe.data.train),
         )
 
     def validation(self) -> Iterator[Batch]:
         """The same batches at every call: `val_images` images with the texts of all stages."""
+        assert self.recipe.data.val is not None
         groups: dict[tuple[str, ...], GroupSpec] = {}
         for spec in (spec for stage in self.recipe.stages for spec in stage.texts):
             known = groups.get(spec.kinds)
@@ -74,46 +73,51 @@ class Job:
             groups=tuple(groups.values()),
             seed=0,
             store=self.val_store,
-            root=_root(self.recipe.data.val) if self.recipe.data.val else None,
+            root=root(self.recipe.data.val),
         )
         return (batches.batch(step) for step in range(math.ceil(count / size)))
 
 
-def prepare(recipe: Recipe, folder: Path, say: Say = print) -> Job:
-    """Load or make what `recipe` names. The tokenizer is kept in `folder`, the run's.
+def prepare(
+    recipe: Recipe, run: Path | None = None, say: Say = print, *, teach: bool = True
+) -> Job:
+    """Load or make what `recipe` names; writes nothing into the run's folder.
 
-    Makes embedded scenes and the teacher's store where the recipe asks for them and they do not
-    exist. Raises ``UserError`` for anything that would fail later: parameters without a rule,
-    texts of a kind the data has not, a store of other images or preprocessing.
+    Makes embedded scenes and the teacher's labels where the recipe asks for them and they do
+    not exist (labels only with `teach`; without it training goes unguided). The tokenizer is
+    read from `run`, a run to resume, or made. Raises ``UserError`` for anything that would fail
+    later, in any stage.
     """
     _make_scenes(recipe.data, say)
     records = _records(recipe.data.train, "data.train")
     val_records = _records(recipe.data.val, "data.val") if recipe.data.val else []
     mx.random.seed(recipe.train.seed)
-    model, tokenizer, preprocessor = _model(recipe.model, records, folder)
+    model, tokenizer, preprocessor = _model(recipe.model, records, run)
+
     features = any(stage.losses.features > 0 for stage in recipe.stages)
-    store = _store(recipe.data, preprocessor, model.grid, records, features, say)
-    val_store = _open_store(
-        recipe.data.val_store, preprocessor, model.grid, val_records, recipe.data.val
+    labelling = Labelling(recipe, preprocessor, model.grid, teach, say)
+    store = labelling.open("store", recipe.data.store, recipe.data.train, records, features)
+    val_store = labelling.open(
+        "val_store", recipe.data.val_store, recipe.data.val, val_records, features=False
     )
-    if features:
-        if store is None or not store.meta.feature_channels:
-            raise UserError(
-                "losses.features > 0: expected data.store to hold features; make it with "
-                "`agevlm teach --features`"
-            )
+    if features and store is not None:
         width, channels = model.vision_tower.width, store.meta.feature_channels
         model.sam_adaptor = FeatureAdaptor(width, channels, model.vision_grid, model.grid)
     mx.eval(model.parameters())
     model.train()
-    return Job(recipe, model, tokenizer, preprocessor, records, store, val_records, val_store)
+    job = Job(recipe, model, tokenizer, preprocessor, records, store, val_records, val_store)
+    for stage in recipe.stages:
+        parameter_scales(model, stage)
+        job.batches(stage)
+    if teach or store is not None:
+        labelling.check_guided(records, store)
+    return job
 
 
 def export(job: Job, folder: Path) -> None:
     """Write the model of a finished run as a folder that every command loads."""
     if "sam_adaptor" in job.model:
         del job.model.sam_adaptor
-    job.model.unfreeze()
     weights.save_model(folder, job.model, job.tokenizer, job.preprocessor, _card(job, folder))
 
 
@@ -147,7 +151,7 @@ def _records(path: Path, key: str) -> list[Record]:
 
 
 def _model(
-    spec: ModelSpec, records: list[Record], folder: Path
+    spec: ModelSpec, records: Sequence[Record], run: Path | None
 ) -> tuple[AgeVLM, TokenizerWrapper, Preprocessor]:
     if spec.init is not None:
         loaded = weights.load(spec.init)
@@ -164,82 +168,28 @@ def _model(
             raise UserError(f"model.text_config.vocab_size: expected a number, got {vocabulary!r}")
         model = AgeVLM(model_config)
         preprocessor = Preprocessor.from_dict(model.vision_tower.preprocessing)
-        tokenizer = _tokenizer(records, vocabulary, folder)
+        tokenizer = _tokenizer(records, vocabulary, run)
     if spec.encoder != "random":
         weights.load_encoder(model, spec.encoder)
     return model, tokenizer, preprocessor
 
 
-def _tokenizer(records: list[Record], vocabulary: int, folder: Path) -> TokenizerWrapper:
-    """The run's tokenizer, made once from the training texts; a resumed run reads it back."""
-    if not (folder / "tokenizer.json").is_file():
+def _tokenizer(records: Sequence[Record], vocabulary: int, run: Path | None) -> TokenizerWrapper:
+    """The tokenizer of the run to resume, or one made from the training texts."""
+    if run is not None:
+        tokenizer = weights.load_tokenizer(run)
+    else:
         texts = (turn.text for record in records for turn in record.turns)
-        build_tokenizer(texts, vocabulary).save_pretrained(str(folder))
-    tokenizer = load_tokenizer(folder)
-    if len(tokenizer) > vocabulary:  # pyright: ignore[reportArgumentType]
+        with tempfile.TemporaryDirectory() as folder:  # mlx-lm's wrapper reads a folder
+            build_tokenizer(texts, vocabulary).save_pretrained(folder)
+            tokenizer = weights.load_tokenizer(Path(folder))
+    size = len(tokenizer)  # pyright: ignore[reportArgumentType]
+    if size > vocabulary:
         raise UserError(
-            f"model.text_config.vocab_size: expected at least {len(tokenizer)}, the size of the "  # pyright: ignore[reportArgumentType]
-            f"tokenizer, got {vocabulary}"
+            f"model.text_config.vocab_size: expected at least {size}, the size of the tokenizer, "
+            f"got {vocabulary}"
         )
     return tokenizer
-
-
-def _store(
-    data: DataSpec,
-    preprocessor: Preprocessor,
-    grid: tuple[int, int],
-    records: list[Record],
-    features: bool,
-    say: Say,
-) -> Store | None:
-    if data.store is None:
-        return None
-    if not (data.store / "index.json").is_file():
-        if not data.teach:
-            raise UserError(
-                f"data.store: {data.store} does not exist; make it with `agevlm teach --data "
-                f"{data.train} --out {data.store}`, or set data.teach=true"
-            )
-        say(f"teaching: SAM labels {data.train} for {data.store}")
-        _teach(data, preprocessor, grid, features)
-    return _open_store(data.store, preprocessor, grid, records, data.train)
-
-
-def _teach(
-    data: DataSpec, preprocessor: Preprocessor, grid: tuple[int, int], features: bool
-) -> None:
-    # In its own process: the teacher needs torch, training never imports it.
-    command = [sys.executable, "-m", "agevlm_mlx.teach", "--data", str(data.train)]
-    command += ["--out", str(data.store), "--image-size", str(preprocessor.image_size)]
-    command += ["--resize", preprocessor.resize, "--grid", f"{grid[0]}x{grid[1]}"]
-    command += ["--features"] if features else []
-    status = subprocess.run(command, check=False).returncode
-    if status:
-        raise UserError(
-            f"the teacher failed (exit {status}); see above, or run: {' '.join(command)}"
-        )
-
-
-def _root(data: Path) -> Path:
-    """The folder that image keys are relative to."""
-    return data if data.is_dir() else data.parent
-
-
-def _open_store(
-    path: Path | None,
-    preprocessor: Preprocessor,
-    grid: tuple[int, int],
-    records: list[Record],
-    data: Path | None,
-) -> Store | None:
-    if path is None or data is None:
-        return None
-    store = Store(path)
-    root = _root(data)
-    sample = {root / record.image for record in records[:: max(len(records) // 8, 1)]}
-    keys = {image_key(image, root): file_sha256(image) for image in sample}
-    store.check(preprocessor.fingerprint(), grid, keys)
-    return store
 
 
 def _card(job: Job, folder: Path) -> str:
@@ -248,7 +198,6 @@ def _card(job: Job, folder: Path) -> str:
         f"| {s.name} | {s.steps} | {s.batch_size} | {s.losses.attention.weight:g} |"
         for s in recipe.stages
     )
-    fusion: Any = job.model.config.fusion_config.fusion
     return f"""---
 library_name: mlx
 pipeline_tag: image-text-to-text
@@ -257,8 +206,8 @@ tags: [mlx, agevlm]
 
 # {folder.name}
 
-A vision-language model trained with agevlm-mlx ({fusion} fusion) on `{recipe.data.train}`
-({len(job.records)} records), {recipe.steps} steps, seed {recipe.train.seed}.
+A vision-language model trained with agevlm-mlx ({job.model.fusion} fusion) on
+`{recipe.data.train}` ({len(job.records)} records), {recipe.steps} steps, seed {recipe.train.seed}.
 
 | stage | steps | images a step | attention weight |
 |---|---|---|---|

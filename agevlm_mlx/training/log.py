@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+from collections import deque
 from pathlib import Path
 from typing import IO, Any
 
@@ -64,6 +65,7 @@ class Progress:
         self.stream = sys.stdout if stream is None else stream
         self.live = self.stream.isatty()
         self._first, self._start = done, time.perf_counter()
+        self._recent: deque[dict[str, float]] = deque(maxlen=every)
         self._since = (time.perf_counter(), 0, 0.0)  # time, text tokens, seconds waited for data
         self._tokens = 0
         self._waited = 0.0
@@ -80,9 +82,11 @@ class Progress:
     ) -> None:
         """Account for a finished step and show it when it is due.
 
-        `parts` the numbers to show by name; `tokens` the text tokens of the batch; `waited` seconds
-        the step waited for its data; `peak` bytes of the highest memory use so far.
+        `parts`: the numbers to show by name, as means over the last `every` steps. `tokens`:
+        text tokens of the batch. `waited`: seconds the step waited for its data. `peak`: bytes of
+        the highest memory use so far.
         """
+        self._recent.append(parts)
         self._tokens += tokens
         self._waited += waited
         if not (self.live or step % self.every == 0 or step == self.total):
@@ -91,11 +95,13 @@ class Progress:
         then, tokens_then, waited_then = self._since
         seconds = max(now - then, 1e-9)
         left = (now - self._start) / max(step - self._first, 1) * (self.total - step)
+        means = {name: [p[name] for p in self._recent if name in p] for name in parts}
         line = (
             f"step {step}/{self.total} {stage} | "
-            + " ".join(f"{name} {value:.4g}" for name, value in parts.items())
+            + " ".join(f"{name} {sum(v) / len(v):.4g}" for name, v in means.items())
             + f" | {(self._tokens - tokens_then) / seconds:.0f} tok/s, data wait "
-            f"{(self._waited - waited_then) / seconds:.0%}, peak {_bytes(peak)}, ETA {_clock(left)}"
+            f"{(self._waited - waited_then) / seconds:.0%}, peak {memory_text(peak)}, "
+            f"ETA {_clock(left)}"
         )
         if step % self.every == 0:
             self._since = (now, self._tokens, self._waited)
@@ -120,5 +126,6 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
-def _bytes(n: int) -> str:
+def memory_text(n: int) -> str:
+    """Bytes as MiB or GiB."""
     return f"{n / 2**30:.1f} GiB" if n >= 2**30 else f"{n / 2**20:.0f} MiB"

@@ -107,11 +107,7 @@ def loss_and_gradients(
 
 
 def _distillation(model: AgeVLM, z_vis: mx.array, batch: Batch) -> mx.array:
-    if batch.sam_features is None:
-        raise UserError(
-            "losses.features > 0: the store holds no features; make one with "
-            "`agevlm teach --features`"
-        )
+    assert batch.sam_features is not None  # checked when the store was opened
     target = mx.array(batch.sam_features)
     # The store marks the teacher's padding by features that are exactly 0 in all channels.
     valid = (target != 0).any(axis=-1)

@@ -8,8 +8,9 @@ import mlx.core as mx
 
 from ..data.batches import TextGroup
 from .build import Job
+from .log import memory_text
 from .objective import loss_and_gradients
-from .stages import named_parameters, parameter_scales, set_trainable
+from .rules import named_parameters, parameter_scales, set_trainable
 
 GREEN, UNDERLINE, RESET = "\x1b[32m", "\x1b[4m", "\x1b[0m"
 
@@ -61,8 +62,8 @@ def measure(job: Job) -> Iterator[str]:
         yield (
             f"{stage.name}: {stage.steps} steps of {stage.batch_size} images, {seconds:.2f} s "
             f"a step here, so about {stage.steps * seconds / 60:.1f} min; "
-            f"peak memory {peak / 2**20:.0f} MiB (weights {weights / 2**20:.0f}, "
-            f"moments {moments / 2**20:.0f})"
+            f"peak memory {memory_text(peak)} (weights {memory_text(weights)}, "
+            f"moments {memory_text(moments)})"
         )
 
 

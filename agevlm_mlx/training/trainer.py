@@ -21,7 +21,8 @@ from .build import Job
 from .log import Metrics, Progress
 from .objective import PARTS, loss_and_gradients, validate
 from .optim import AdamW, clip, global_norm, learning_rate
-from .stages import Stage, named_parameters, parameter_scales, set_trainable
+from .rules import named_parameters, parameter_scales, set_trainable
+from .stages import Stage
 
 #: With ``on_nan = "skip"``: so many bad batches in a row are not bad luck.
 MOST_SKIPPED = 10

@@ -11,7 +11,13 @@ from agevlm_mlx.data import scenes as drawing
 from agevlm_mlx.errors import UserError
 from agevlm_mlx.evaluation import metrics, scenes
 from agevlm_mlx.evaluation.benchmark import Result, Settings, flatten
-from agevlm_mlx.evaluation.scene_folder import SceneFolder, SceneItem, read_pope, read_scene_folder
+from agevlm_mlx.evaluation.scene_folder import (
+    SceneFolder,
+    SceneItem,
+    read_pope,
+    read_scene_folder,
+    swap_noun,
+)
 
 from .fakes import Script, fake
 
@@ -207,9 +213,7 @@ THEMES = {"dog": "pets", "cat": "pets", "ant": "pets", "car": "road", "hot dog":
     ],
 )
 def test_one_noun_is_exchanged_inside_its_theme(caption, nouns, expected):
-    swaps = {
-        scenes.swap_noun(caption, nouns, THEMES, np.random.default_rng(seed)) for seed in range(20)
-    }
+    swaps = {swap_noun(caption, nouns, THEMES, np.random.default_rng(seed)) for seed in range(20)}
     assert swaps == expected
 
 

@@ -87,6 +87,21 @@ def test_what_is_added_is_read_back(tmp_path):
             assert store.iou(key, prompt) == pytest.approx(added["iou"][row], abs=1e-3)
 
 
+def test_arrays_in_any_memory_order_are_stored_in_the_same_bytes(tmp_path):
+    fill(tmp_path / "c", range(4, 8))
+    with StoreWriter(tmp_path / "f", META) as store:
+        for number in range(4, 8):
+            one = image(number)
+            store.add(
+                **{
+                    **one,
+                    "coverage": np.asfortranarray(one["coverage"]),
+                    "features": np.asfortranarray(one["features"]),
+                }
+            )
+    assert contents(tmp_path / "f") == contents(tmp_path / "c")
+
+
 def test_what_was_never_labelled_is_a_key_error(tmp_path):
     fill(tmp_path, range(4))
     store = Store(tmp_path)

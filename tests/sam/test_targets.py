@@ -132,13 +132,20 @@ def test_a_square_image_on_a_coarser_grid_is_block_averaged():
     np.testing.assert_allclose(pooled, expected, atol=1e-6)
 
 
-def test_neither_sams_padding_nor_the_students_contributes():
+@pytest.mark.parametrize("upright", [False, True])
+def test_neither_sams_padding_nor_the_students_contributes(upright):
     # 100 x 50: SAM's lower half is padding; the student pads above and below.
     features = np.full((8, 8, 2), 1e9, dtype=np.float32)
     features[:4] = 1.0 + np.arange(8)[None, :, None]
     geometry = Placement(100, 50, 64, 0.64, offset=(0.0, 16.0))
+    expected = features[:4].copy()
+    if upright:
+        features = features.swapaxes(0, 1)
+        geometry = Placement(50, 100, 64, 0.64, offset=(16.0, 0.0))
     pooled = targets.pool_features(features, geometry, (8, 8)).reshape(8, 8, 2)
-    np.testing.assert_allclose(pooled[2:6], np.tile(features[:4], 1), atol=1e-5)
+    if upright:
+        pooled = pooled.swapaxes(0, 1)
+    np.testing.assert_allclose(pooled[2:6], expected, atol=1e-5)
     assert not pooled[:2].any()
     assert not pooled[6:].any()
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -11,7 +12,11 @@ import pytest
 from agevlm_mlx import config
 from agevlm_mlx.config import ModelConfig
 from agevlm_mlx.data.batches import Batch, TextGroup
+from agevlm_mlx.data.image import Preprocessor
+from agevlm_mlx.data.records import read_records
+from agevlm_mlx.data.scenes import write_scenes
 from agevlm_mlx.models.agevlm import AgeVLM
+from agevlm_mlx.sam.store import StoreMeta, StoreWriter, file_sha256, prompt_key
 from agevlm_mlx.training.stages import Recipe, Stage
 
 VOCABULARY, TOKENS, ROWS = 40, 6, 4
@@ -112,3 +117,58 @@ def noise_job(tiny_model_config: Callable[..., ModelConfig]) -> Callable[..., An
         return NoiseJob(recipe, model)
 
     return build
+
+
+TINY = Path(__file__).with_name("tiny.toml")
+
+
+def label(data: Path, store: Path, channels: int = 0) -> None:
+    """What `agevlm teach` would do, with the boxes for masks and noise for features."""
+    preprocessor, grid = Preprocessor(image_size=32), (4, 4)
+    meta = StoreMeta(
+        teacher="boxes",
+        preprocessing=preprocessor.fingerprint(),
+        grid=grid,
+        feature_channels=channels,
+    )
+    boxes: dict[Path, set[tuple[float, ...]]] = {}
+    for record in read_records(data):
+        boxes.setdefault(record.image, set()).update(p.box for p in record.phrases if p.box)
+    rng = np.random.default_rng(0)
+    with StoreWriter(store, meta) as writer:
+        for image, found in boxes.items():
+            coverage = np.zeros((len(found), 16), np.float32)
+            for row, (x0, y0, x1, y1) in zip(coverage, sorted(found), strict=True):
+                mask = np.zeros((128, 128), bool)
+                mask[int(y0) : int(y1), int(x0) : int(x1)] = True
+                row[:] = preprocessor.geometry(128, 128).mask_to_grid(mask, grid)
+            writer.add(
+                image.relative_to(data).as_posix(),
+                file_sha256(image),
+                [prompt_key(box) for box in sorted(found)],
+                coverage,
+                np.ones(len(found), np.float32),
+                rng.normal(size=(16, channels)).astype(np.float32) if channels else None,
+            )
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the scenes of ``tiny.toml``, and their labels with and without features."""
+    folder = tmp_path_factory.mktemp("tiny")
+    write_scenes(folder / "train", 12, 3, "train")
+    write_scenes(folder / "val", 6, 4, "val")
+    label(folder / "train", folder / "store")
+    label(folder / "train", folder / "store-features", channels=6)
+    label(folder / "val", folder / "val-store")
+    return folder
+
+
+@pytest.fixture
+def tiny(tiny_folder: Path) -> list[str]:
+    """The arguments of ``agevlm train`` for the tiny recipe, all but ``--out``."""
+    where = {"train": "train", "val": "val", "store": "store", "val_store": "val-store"}
+    return [
+        *("--recipe", str(TINY)),
+        *(f"data.{key}={tiny_folder / name}" for key, name in where.items()),
+    ]

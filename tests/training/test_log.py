@@ -4,6 +4,8 @@ import io
 import json
 from pathlib import Path
 
+import pytest
+
 from agevlm_mlx.training.log import Metrics, Progress, read_metrics
 
 
@@ -21,13 +23,14 @@ def test_resuming_cuts_what_the_checkpoint_does_not_know(tmp_path: Path):
     assert [row["step"] for row in read_metrics(path)] == list(range(1, 10))
 
 
-def test_a_line_cut_by_a_crash_is_dropped(tmp_path: Path):
+@pytest.mark.parametrize("torn", ['{"step": 4, "lo', '{"step": 4}', '{"ste', "4"])
+def test_a_line_cut_by_a_crash_is_dropped(tmp_path: Path, torn: str):
     path = tmp_path / "metrics.jsonl"
     write(path, 1, 3, at=0)
     with open(path, "a") as file:
-        file.write('{"step": 4, "lo')
+        file.write(torn)
     assert [row["step"] for row in read_metrics(path)] == [1, 2, 3]
-    write(path, 4, 5, at=3)
+    write(path, 4, 5, at=4)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4, 5]
 
 

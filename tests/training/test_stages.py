@@ -9,9 +9,10 @@ from mlx.utils import tree_flatten
 
 from agevlm_mlx import config
 from agevlm_mlx.errors import UserError
-from agevlm_mlx.training import stages, toml
+from agevlm_mlx.training import rules, stages, toml
 from agevlm_mlx.training.losses import LOSSES
-from agevlm_mlx.training.stages import Recipe, match_rules
+from agevlm_mlx.training.rules import match_rules
+from agevlm_mlx.training.stages import Recipe
 
 NAMES = ["vision_tower.fc.weight", "vision_tower.fc.bias", "layers.0.gate", "layers.1.gate"]
 
@@ -40,8 +41,8 @@ def recipe(*overrides: str) -> Recipe:
 
 
 def test_the_first_rule_that_matches_a_whole_name_decides():
-    rules = [("layers\\.0\\..*", 0.0), (".*gate", 2.0), ("vision_tower.*", 0.5)]
-    assert match_rules(NAMES, rules, "stage") == {
+    ordered = [("layers\\.0\\..*", 0.0), (".*gate", 2.0), ("vision_tower.*", 0.5)]
+    assert match_rules(NAMES, ordered, "stage") == {
         "vision_tower.fc.weight": 0.5,
         "vision_tower.fc.bias": 0.5,
         "layers.0.gate": 0.0,
@@ -50,7 +51,7 @@ def test_the_first_rule_that_matches_a_whole_name_decides():
 
 
 @pytest.mark.parametrize(
-    ("rules", "message"),
+    ("wrong", "message"),
     [
         ([(".*gate", 1.0)], "no rule matches 2 parameters: vision_tower.fc.weight, vision_tower"),
         ([(".*", 1.0), ("visoin.*", 0.0)], "'visoin.*' matches no parameter"),
@@ -59,9 +60,9 @@ def test_the_first_rule_that_matches_a_whole_name_decides():
         ([(".*", -1.0)], "scales >= 0"),
     ],
 )
-def test_rules_that_cannot_be_meant_are_errors(rules, message: str):
+def test_rules_that_cannot_be_meant_are_errors(wrong, message: str):
     with pytest.raises(UserError, match="stage: ") as error:
-        match_rules(NAMES, rules, "stage")
+        match_rules(NAMES, wrong, "stage")
     assert message in str(error.value)
 
 
@@ -73,33 +74,33 @@ class Net(nn.Module):
         self.gate = mx.zeros(1)
 
 
-def stage_with(*rules: tuple[str, float]) -> stages.Stage:
-    data = tables()["stages"][0] | {"trainable": [list(rule) for rule in rules]}
+def stage_with(*given: tuple[str, float]) -> stages.Stage:
+    data = tables()["stages"][0] | {"trainable": [list(rule) for rule in given]}
     return config.from_dict(stages.Stage, data)
 
 
 def test_exactly_the_named_parameters_are_trainable():
     net = Net()
-    names = stages.trainable_names(net, stage_with(("blocks.1.*|gate", 1), (".*", 0)))
+    names = rules.trainable_names(net, stage_with(("blocks.1.*|gate", 1), (".*", 0)))
     assert names == ["blocks.1.weight", "blocks.1.bias", "gate"]
-    stages.set_trainable(net, names)
+    rules.set_trainable(net, names)
     assert [n for n, _ in tree_flatten(net.trainable_parameters())] == names
-    stages.set_trainable(net, ["first.bias"])  # a later stage forgets the earlier one
+    rules.set_trainable(net, ["first.bias"])  # a later stage forgets the earlier one
     assert [n for n, _ in tree_flatten(net.trainable_parameters())] == ["first.bias"]
 
 
 def test_a_stage_that_trains_nothing_is_an_error():
     with pytest.raises(UserError, match="every parameter is frozen"):
-        stages.parameter_scales(Net(), stage_with((".*", 0)))
+        rules.parameter_scales(Net(), stage_with((".*", 0)))
 
 
 def test_quantised_weights_cannot_be_trained_but_what_is_beside_them_can():
     net = Net()
     nn.quantize(net, class_predicate=lambda path, _: path == "first")
     with pytest.raises(UserError, match=r"first\.weight is quantised"):
-        stages.parameter_scales(net, stage_with((".*", 1)))
-    names = stages.trainable_names(net, stage_with(("first.*", 0), (".*", 1)))
-    stages.set_trainable(net, names)
+        rules.parameter_scales(net, stage_with((".*", 1)))
+    names = rules.trainable_names(net, stage_with(("first.*", 0), (".*", 1)))
+    rules.set_trainable(net, names)
     assert [n for n, _ in tree_flatten(net.trainable_parameters())] == names
 
 

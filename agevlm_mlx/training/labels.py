@@ -1,0 +1,115 @@
+"""The teacher's labels that a run needs: found, made, and checked before the first step."""
+
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..data.image import Preprocessor
+from ..data.records import Record
+from ..errors import UserError
+from ..sam.labelling import image_key
+from ..sam.store import Store, file_sha256
+from .stages import Recipe
+
+#: Images whose files are hashed to see that a store belongs to the data.
+SAMPLE = 8
+
+
+def root(data: Path) -> Path:
+    """The folder that image keys are relative to."""
+    return data if data.is_dir() else data.parent
+
+
+@dataclass(frozen=True)
+class Labelling:
+    """Opens stores for one student: its preprocessing and token grid."""
+
+    recipe: Recipe
+    preprocessor: Preprocessor
+    grid: tuple[int, int]
+    #: Run ``agevlm teach`` where the recipe says so and labels are missing.
+    teach: bool
+    say: Callable[[str], None]
+
+    def open(
+        self,
+        key: str,
+        path: Path | None,
+        data: Path | None,
+        records: Sequence[Record],
+        features: bool,
+    ) -> Store | None:
+        """The checked store ``data.<key>`` at `path` for `data`; None if the recipe names none."""
+        if path is None or data is None:
+            return None
+        images = list(dict.fromkeys(record.image for record in records))
+        if not self._complete(path, data, images):
+            if not self.recipe.data.teach:
+                command = shlex.join(self._command(path, data, features)[1:])
+                raise UserError(
+                    f"data.{key}: {path} does not hold labels for all images of {data}; run "
+                    f"`python {command}`, or set data.teach=true"
+                )
+            if not self.teach:
+                self.say(f"data.{key}: {path} will be made by `agevlm teach`; unguided until then")
+                return None
+            self.say(f"teaching: SAM labels {data}")
+            self._run(path, data, features)
+        store = Store(path)
+        sample = images[:: max(len(images) // SAMPLE, 1)]
+        keys = {image_key(image, root(data)): file_sha256(image) for image in sample}
+        store.check(self.preprocessor.fingerprint(), self.grid, keys)
+        if features and not store.meta.feature_channels:
+            raise UserError(
+                f"losses.features > 0: {path} holds no features; make a store with "
+                "`agevlm teach --features`"
+            )
+        return store
+
+    def check_guided(self, records: Sequence[Record], store: Store | None) -> None:
+        """``UserError`` for a stage whose attention or feature loss has nothing to learn from."""
+        for stage in self.recipe.stages:
+            if stage.losses.features > 0 and store is None:
+                raise UserError(
+                    f"stage '{stage.name}': losses.features > 0 needs data.store, made with "
+                    "`agevlm teach --features`"
+                )
+            if stage.losses.attention.weight == 0:
+                continue
+            kinds = {kind for spec in stage.texts for kind in spec.kinds}
+            phrases = [p for record in records if record.kind in kinds for p in record.phrases]
+            if not phrases:
+                raise UserError(
+                    f"stage '{stage.name}': losses.attention.weight > 0, but no text of its kinds "
+                    "has a phrase to guide; add phrases to the data or set the weight to 0"
+                )
+            if store is None and not any(phrase.mask for phrase in phrases):
+                raise UserError(
+                    f"stage '{stage.name}': losses.attention.weight > 0, but no phrase has a mask; "
+                    "label the data with `agevlm teach` and set data.store"
+                )
+
+    def _complete(self, path: Path, data: Path, images: Sequence[Path]) -> bool:
+        if not (path / "index.json").is_file():
+            return False
+        store = Store(path)
+        return all(image_key(image, root(data)) in store for image in images)
+
+    def _command(self, path: Path, data: Path, features: bool) -> list[str]:
+        command = [sys.executable, "-m", "agevlm_mlx.teach", f"--data={data}", f"--out={path}"]
+        command += [f"--image-size={self.preprocessor.image_size}"]
+        command += [f"--resize={self.preprocessor.resize}", f"--grid={self.grid[0]}x{self.grid[1]}"]
+        return [*command, "--features"] if features else command
+
+    def _run(self, path: Path, data: Path, features: bool) -> None:
+        # In its own process: the teacher needs torch, training never imports it.
+        command = self._command(path, data, features)
+        status = subprocess.run(command, check=False).returncode
+        if status:
+            raise UserError(
+                f"the teacher ended with exit status {status}, see above; to run it alone: "
+                + shlex.join(command)
+            )

@@ -1,0 +1,143 @@
+"""Batched questions give what one question at a time gives, on real (tiny, random) models."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from PIL import Image
+
+from agevlm_mlx.config import ModelConfig
+from agevlm_mlx.data import chat
+from agevlm_mlx.data.image import Preprocessor
+from agevlm_mlx.data.records import Turn
+from agevlm_mlx.errors import UserError
+from agevlm_mlx.evaluation.asking import Asker
+from agevlm_mlx.generate import generate
+from agevlm_mlx.models.agevlm import AgeVLM
+from agevlm_mlx.weights import Loaded
+
+QUESTIONS = [
+    ["Is there a dog?"],
+    ["Is there a strawberry in the image?", "Is there a car?", "Is there a dog?"],
+    [],
+    ["Is there a car?", "Is there a dog in the image?"],
+]
+
+
+@pytest.fixture(params=["cross", "concat"])
+def loaded(request: pytest.FixtureRequest, tiny_model_config: Callable[..., ModelConfig]) -> Loaded:
+    texts = [q for row in QUESTIONS for q in row] + ["Yes", "No", "Describe the image. A dog."] * 3
+    tokenizer = TokenizerWrapper(chat.build_tokenizer(texts, 400))
+    fusion = {"fusion": request.param, "gate_init": 1.0}
+    if request.param == "concat":
+        fusion = {"fusion": "concat", "layers": None}
+    model = AgeVLM(tiny_model_config(400, **fusion))
+    mx.eval(model.parameters())
+    return Loaded(model, tokenizer, Preprocessor(image_size=16), Path("tiny"))
+
+
+@pytest.fixture
+def images() -> list[Image.Image]:
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 255, (20, 30, 3), np.uint8)) for _ in range(4)]
+
+
+def asker(loaded: Loaded, images: list[Image.Image], batch_size: int) -> Asker:
+    return Asker(loaded, images, lambda image: image, batch_size)
+
+
+def alone(loaded: Loaded, image: Image.Image, ids: list[int]) -> np.ndarray:
+    """The logits after `ids`, one picture and one text at a time."""
+    pixels = mx.array(loaded.preprocessor(image)[0])[None]
+    logits = loaded.model(mx.array([ids]), cache=loaded.model.see(pixels))
+    return np.array(logits[0, -1].astype(mx.float32))
+
+
+def test_padded_batches_equal_single_questions(loaded, images):
+    many = asker(loaded, images, 3)
+    prompts = [[many.prompt(q) for q in row] for row in QUESTIONS]
+    order = np.array([1, 2, 3, 0])
+    for shown, found in (
+        (np.arange(4), many.next_logits(prompts)),
+        (order, many.next_logits(prompts, order)),
+    ):
+        assert [len(row) for row in found] == [1, 3, 0, 2]
+        for i, row in enumerate(found):
+            for (margin, best), ids in zip(row, prompts[i], strict=True):
+                logits = alone(loaded, images[shown[i]], ids)
+                assert margin == pytest.approx(logits[many.yes] - logits[many.no], abs=1e-4)
+                assert best == logits.argmax()
+
+
+def test_the_picture_matters(loaded, images):
+    many = asker(loaded, images, 4)
+    prompts = [[many.prompt("Is there a dog?")]] * 4
+    margins = [row[0][0] for row in many.next_logits(prompts)]
+    assert len({round(m, 5) for m in margins}) == 4
+
+
+def test_blind_is_the_language_model_alone(loaded, images):
+    many = asker(loaded, images, 2)
+    blind = many.blind_margin([q for row in QUESTIONS for q in row])
+    assert set(blind) == {q for row in QUESTIONS for q in row}
+    for question, margin in blind.items():
+        ids = mx.array([many.prompt(question)])
+        logits = np.array(loaded.model.language_model(ids)[0, -1].astype(mx.float32))
+        assert margin == pytest.approx(logits[many.yes] - logits[many.no], abs=1e-4)
+
+
+def test_greedy_texts_equal_generation_one_by_one(loaded, images):
+    many = asker(loaded, images, 3)
+    expected = [
+        generate(
+            loaded.model, loaded.tokenizer, loaded.preprocessor, "Describe the image.", image,
+            max_tokens=6,
+        )
+        for image in images
+    ]  # fmt: skip
+    assert many.greedy("Describe the image.", 6) == expected
+    prompts = [[many.prompt("Describe the image.")] for _ in images]
+    firsts = [[token for _, token in row] for row in many.next_logits(prompts)]
+    assert many.answers(prompts, firsts, 6) == [[text] for text in expected]
+
+
+def test_log_likelihood_is_the_mean_over_the_answers_tokens(loaded, images):
+    many = asker(loaded, images, 3)
+    answers = [["A dog.", "A car and a strawberry."]] * 4
+    found = many.log_likelihood("Describe the image.", answers)
+    assert found.shape == (4, 2)
+    turns = (Turn("user", "Describe the image."), Turn("assistant", answers[0][1]))
+    encoded = chat.encode(loaded.tokenizer, turns, ())
+    prompt = len(chat.prompt_ids(loaded.tokenizer, turns[:1]))
+    total = 0.0
+    for k in range(prompt, len(encoded.ids)):
+        logits = alone(loaded, images[2], list(encoded.ids[:k]))
+        total += logits[encoded.ids[k]] - np.log(np.exp(logits).sum())
+    assert found[2, 1] == pytest.approx(total / (len(encoded.ids) - prompt), abs=1e-4)
+
+
+def test_maps_are_taken_at_the_nouns_tokens(loaded, images):
+    many = asker(loaded, images, 3)
+    pairs = [[(q, q.split()[3].strip("?")) for q in row] for row in QUESTIONS]
+    maps = many.noun_maps(pairs)
+    assert [len(row) for row in maps] == [1, 3, 0, 2]
+    ids = many.prompt("Is there a car?")
+    spelled = [loaded.tokenizer.decode([i]).strip() for i in ids]
+    column = spelled.index("car")
+    pixels = mx.array(loaded.preprocessor(images[1])[0])[None]
+    _, one = loaded.model.attend(
+        mx.array([ids]), loaded.model.see(pixels), mx.array([0]), mx.array([column])
+    )
+    one = np.array(one[0])
+    mean, half = maps[1][1]
+    assert np.allclose(mean, one.mean((0, 1)), atol=1e-5)
+    assert np.allclose(half, one[:, : one.shape[1] // 2].mean((0, 1)), atol=1e-5)
+
+
+def test_a_tokenizer_in_which_yes_and_no_begin_alike_is_refused(loaded, images, monkeypatch):
+    monkeypatch.setattr(Asker, "first_token", lambda self, answer: 7)
+    with pytest.raises(UserError, match="'Yes' and 'No'"):
+        asker(loaded, images, 2)

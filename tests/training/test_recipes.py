@@ -1,0 +1,75 @@
+"""Every shipped recipe loads, builds its model, and trains exactly what it says."""
+
+import dataclasses
+
+import pytest
+
+from agevlm_mlx import config
+from agevlm_mlx.config import ModelConfig
+from agevlm_mlx.models.agevlm import AgeVLM
+from agevlm_mlx.training.rules import named_parameters, trainable_names
+from agevlm_mlx.training.stages import Losses, Recipe, read_recipe, shipped_recipes
+
+FROM_SCRATCH = {"language_model", "multi_modal_projector"}
+ALL = FROM_SCRATCH | {"vision_tower"}
+#: (recipe, stage) -> the parts of the model it trains, whole.
+TRAINED = {
+    (name, stage): parts
+    for name in ("scenes", "scenes-concat")
+    for stage, parts in {
+        "align": FROM_SCRATCH,
+        "guide": ALL,
+        "instruct": ALL,
+        "refine": FROM_SCRATCH,
+    }.items()
+}
+
+
+def build(recipe: Recipe) -> AgeVLM:
+    assert recipe.model.fusion_config is not None
+    table = {
+        "text_config": recipe.model.text_config,
+        "vision_config": recipe.model.vision_config,
+        "fusion_config": config.to_dict(recipe.model.fusion_config),
+    }
+    return AgeVLM(config.from_dict(ModelConfig, table))
+
+
+def test_these_are_the_shipped_recipes():
+    assert shipped_recipes() == sorted({name for name, _ in TRAINED})
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_a_shipped_recipe_trains_exactly_what_it_says(name: str):
+    recipe = read_recipe(name)
+    model = build(recipe)
+    names = list(named_parameters(model))
+    assert [(name, s.name) for s in recipe.stages] == [key for key in TRAINED if key[0] == name]
+    for stage in recipe.stages:
+        parts = TRAINED[name, stage.name]
+        expected = [n for n in names if n.partition(".")[0] in parts]
+        assert trainable_names(model, stage) == expected
+
+
+def test_the_two_arms_differ_in_fusion_and_guidance_only():
+    guided, concat = read_recipe("scenes"), read_recipe("scenes-concat")
+    assert build(guided).fusion == "cross"
+    assert build(concat).fusion == "concat"
+    assert all(stage.losses == Losses() for stage in concat.stages)
+    assert any(stage.losses.attention.weight > 0 for stage in guided.stages)
+
+    fusions = guided.model.fusion_config, concat.model.fusion_config
+    assert fusions[0] is not None
+    assert fusions[1] is not None
+    assert fusions[0].projector == fusions[1].projector
+
+    def common(recipe: Recipe) -> Recipe:
+        return dataclasses.replace(
+            recipe,
+            model=dataclasses.replace(recipe.model, fusion_config=fusions[0]),
+            data=dataclasses.replace(recipe.data, store=None),
+            train=dataclasses.replace(recipe.train, out=guided.train.out),
+            stages=tuple(dataclasses.replace(s, losses=Losses()) for s in recipe.stages),
+        )
+
+    assert common(guided) == common(concat)
