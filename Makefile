@@ -42,7 +42,7 @@ test-unit: .venv/.test openblas  ## the quick tests only
 lint: .venv/.test  ## format check, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: .venv/.test  ## format the code and fix what the linter can
 	$(BIN)/ruff format .

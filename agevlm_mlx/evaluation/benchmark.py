@@ -84,8 +84,9 @@ class Scores:
         for key in parents:
             table = table.setdefault(key, {})
         table[last] = value
-        if draws is not None:
-            self.intervals[name] = metrics.interval(draws)
+        pair = metrics.interval(draws) if draws is not None else (np.nan, np.nan)
+        if np.isfinite(pair).all():
+            self.intervals[name] = pair
 
     def mean(self, name: str, images: Sequence[int], values: metrics.Numbers) -> None:
         parts = metrics.per_image(images, values, self.draws.shape[1])

@@ -54,7 +54,8 @@ def differences(
 ) -> dict[str, list[float]]:
     """first - second with its 95 % interval [difference, low, high], paired by image.
 
-    Both are the answers of one benchmark to the same questions (rows of the .jsonl).
+    Both are the answers of one benchmark to the same questions (rows of the .jsonl). A measure
+    that has no value for one of them (no object named at all) is left out.
     """
     out = {}
     measures = {
@@ -76,9 +77,9 @@ def differences(
                     seed=seed,
                 )
             )
-    return (
-        out | _caption_differences(first, second, seed) | _matching_differences(first, second, seed)
-    )
+    out |= _caption_differences(first, second, seed)
+    out |= _matching_differences(first, second, seed)
+    return {name: gap for name, gap in out.items() if np.isfinite(gap).all()}
 
 
 def _correct(row: Mapping[str, Any]) -> float:
@@ -167,7 +168,6 @@ def summary(report: Mapping[str, Any]) -> str:
         values = [flat[name].get(key) for name in ARMS]
         cells = "".join(f"{'-' if v is None else f'{v:.{digits}f}':>10}" for v in values)
         gap = report["difference"].get(key)
-        known = gap is not None and np.isfinite(gap).all()
-        note = f"   {gap[0]:+.3f} [{gap[1]:+.3f}, {gap[2]:+.3f}]" if known else ""
+        note = f"   {gap[0]:+.3f} [{gap[1]:+.3f}, {gap[2]:+.3f}]" if gap else ""
         lines.append(f"{key:<36}{cells}{note}")
     return "\n".join(lines)

@@ -140,13 +140,13 @@ def _table(report: Mapping[str, Any]) -> str:
 def _cell(arm: Mapping[str, Any], flat: Mapping[str, Any], key: str, name: str) -> str:
     interval = arm["intervals"].get(key)
     note = ""
-    if interval is not None and all(math.isfinite(value) for value in interval):
+    if interval is not None:
         note = f"<small>{_number(interval[0], 2)}&ndash;{_number(interval[1], 2)}</small>"
     return f'<td class="{name}">{_number(flat.get(key))}{note}</td>'
 
 
 def _gap(gap: Sequence[float] | None) -> str:
-    if gap is None or not all(math.isfinite(value) for value in gap):
+    if gap is None:
         return ""
     value, low, high = gap
     return f"{value:+.3f}<small>{low:+.2f} to {high:+.2f}</small>"
@@ -211,9 +211,10 @@ def _card(card: Card) -> str:
     cells = "".join(f"<td>{escape(caption) or '<i>nothing</i>'}</td>" for caption in captions)
     rows.append(f'<tr><th scope="row">Describe the image.</th>{cells}</tr>')
     heads = "".join(f'<th scope="col">{TITLES[arm]}</th>' for arm in ARMS)
+    head = f'<th scope="col">asked</th><th scope="col">true</th>{heads}'
     return (
         f'<article><div class="strip">{"".join(tiles)}</div>'
-        f'<div class="scroll"><table><thead><tr><th scope="col">asked</th><th scope="col">true</th>{heads}</tr></thead>'
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div></article>"
     )
 

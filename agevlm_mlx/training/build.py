@@ -4,6 +4,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import mlx.core as mx
@@ -56,6 +57,12 @@ class Job:
 
     def validation(self) -> Iterator[Batch]:
         """The same batches at every call: `val_images` images with the texts of all stages."""
+        batches, count = self._validation
+        return (batches.batch(step) for step in range(math.ceil(count / batches.batch_size)))
+
+    @cached_property
+    def _validation(self) -> tuple[Batches, int]:
+        """The batches of `data.val`, and how many images of them to look at."""
         assert self.recipe.data.val is not None
         groups: dict[tuple[str, ...], GroupSpec] = {}
         for spec in (spec for stage in self.recipe.stages for spec in stage.texts):
@@ -75,7 +82,7 @@ class Job:
             store=self.val_store,
             root=root(self.recipe.data.val),
         )
-        return (batches.batch(step) for step in range(math.ceil(count / size)))
+        return batches, count
 
 
 def prepare(
@@ -109,6 +116,9 @@ def prepare(
     for stage in recipe.stages:
         parameter_scales(model, stage)
         job.batches(stage)
+        _check_heads(model, stage)
+    if val_records:
+        job.validation()
     if teach or store is not None:
         labelling.check_guided(records, store)
     return job
@@ -119,6 +129,16 @@ def export(job: Job, folder: Path) -> None:
     if "sam_adaptor" in job.model:
         del job.model.sam_adaptor
     weights.save_model(folder, job.model, job.tokenizer, job.preprocessor, _card(job, folder))
+
+
+def _check_heads(model: AgeVLM, stage: Stage) -> None:
+    wanted = stage.losses.attention.heads
+    layer = model.layers[model.looking_layers[0]]
+    there = layer["cross_attn"].n_heads if "cross_attn" in layer else model.args.num_attention_heads
+    if wanted is not None and wanted > there:
+        raise UserError(
+            f"stage '{stage.name}': expected losses.attention.heads <= {there}, got {wanted}"
+        )
 
 
 def _make_scenes(data: DataSpec, say: Say) -> None:

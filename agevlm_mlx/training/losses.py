@@ -47,13 +47,12 @@ def lm_loss(logits: mx.array, labels: Array, loss_mask: Array) -> mx.array:
 
 
 def soft_mask(target: mx.array) -> mx.array:
-    """Coverage [P S] scaled to the object's own fullest cell: ``min(1, 1.5 m / max m)``.
+    """Coverage [P S] divided by that of the object's own fullest cell.
 
-    A small object covers no cell fully. Unscaled, the best reachable mass would depend on its
-    size, and -log mass would pull all attention to the single fullest cell.
+    A small object covers no cell fully: unscaled, the best reachable mass would depend on its
+    size. Cells at the object's rim count less, so that the peak lies well inside.
     """
-    peak = target.max(axis=-1, keepdims=True)
-    return mx.minimum(1.5 * target / mx.maximum(peak, EPS), 1.0)
+    return target / mx.maximum(target.max(axis=-1, keepdims=True), EPS)
 
 
 def minus_log_mass(attn: mx.array, target: mx.array) -> mx.array:

@@ -1,10 +1,11 @@
 """The loop: stages, steps, validation, checkpoints, and how a run ends."""
 
+import errno
 import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,6 +44,7 @@ class Trainer:
         self.step = 0
         #: The best validation so far: {"step", "val_lm"}.
         self.best: dict[str, Any] | None = None
+        self._saved = 0
         self._skipped = 0
         self._stop = threading.Event()
         self._stream = stream
@@ -56,7 +58,8 @@ class Trainer:
             )
         load_parameters(self.model, saved.model, f"{self.run}/steps/{saved.step}")
         self.optimizer.state = saved.optimizer
-        self.step, self.best = saved.step, saved.state["best"]
+        self.step = self._saved = saved.step
+        self.best = saved.state["best"]
 
     def train(self) -> bool:
         """Run the remaining steps; False when a signal ended it early (a checkpoint is saved)."""
@@ -67,6 +70,15 @@ class Trainer:
             with _signals(self._stop):
                 while self.step < total and not self._stop.is_set():
                     self._train_stage(*self.recipe.locate(self.step), metrics, progress)
+                if self._saved != self.step:
+                    self._save(metrics)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise UserError(
+                f"{self.run}: no space left on the disk at step {self.step}; free some and run: "
+                f"agevlm train --resume {self.run}"
+            ) from None
         finally:
             progress.close()
             metrics.close()
@@ -138,12 +150,11 @@ class Trainer:
         self._skipped += 1
         if self.recipe.train.on_nan == "skip" and self._skipped < MOST_SKIPPED:
             return
-        worst = [name for name, g in grads.items() if not mx.isfinite(g).all().item()]
-        shown = ", ".join(worst[:3]) + (f" and {len(worst) - 3} more" if len(worst) > 3 else "")
+        bad = [name for name, g in grads.items() if not mx.isfinite(g).all().item()]
         raise UserError(
             f"step {self.step + 1}, stage '{stage.name}': expected a finite loss, got "
-            f"{report['loss']} (gradients not finite: {shown or 'none'}); records "
-            f"{', '.join(batch.record_ids)}; lower the stage's lr, look at these records, or "
+            f"{report['loss']} (gradients not finite: {_some(bad, 3) or 'none'}); records "
+            f"{_some(batch.record_ids, 16)}; lower the stage's lr, look at these records, or "
             "set train.on_nan=skip"
         )
 
@@ -159,19 +170,19 @@ class Trainer:
             improved = self.best is None or result["val_lm"] < self.best["val_lm"]
             if improved:
                 self.best = {"step": self.step, "val_lm": result["val_lm"]}
-        if improved or last or self._stop.is_set() or self.step % train.checkpoint_every == 0:
-            metrics.sync()
-            self.save()
+        if improved or self.step % train.checkpoint_every == 0:
+            self._save(metrics)
 
-    def save(self) -> Path:
-        """Write a checkpoint of the current step."""
+    def _save(self, metrics: Metrics) -> None:
+        """Write a checkpoint of the current step; the rows it relies on reach the disk first."""
+        metrics.sync()
         state = {
             "recipe": self.recipe.fingerprint(),
-            "stage": self.recipe.locate(self.step - 1)[0] if self.step else 0,
+            "stage": self.recipe.stages[self.recipe.locate(self.step - 1)[0]].name,
             "seed": self.recipe.train.seed,
             "best": self.best,
         }
-        return checkpoint.save(
+        checkpoint.save(
             self.run,
             self.step,
             named_parameters(self.model),
@@ -180,6 +191,7 @@ class Trainer:
             keep=self.recipe.train.keep,
             best=self.best["step"] if self.best else None,
         )
+        self._saved = self.step
 
 
 def load_parameters(model: Any, weights: dict[str, mx.array], where: str) -> None:
@@ -190,6 +202,11 @@ def load_parameters(model: Any, weights: dict[str, mx.array], where: str) -> Non
             f"{where}: expected the parameters of this recipe's model, got another model's"
         )
     model.update(tree_unflatten(list(weights.items())))
+
+
+def _some(names: Sequence[str], most: int) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 class _Prefetch:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from agevlm_mlx.data import batches as module
 from agevlm_mlx.data.batches import Batch, Batches, GroupSpec
-from agevlm_mlx.data.chat import encode
+from agevlm_mlx.data.chat import Encoded, encode
 from agevlm_mlx.data.coco import read_coco
 from agevlm_mlx.data.image import Preprocessor, load_image
 from agevlm_mlx.data.records import Phrase, Record, Turn
@@ -388,3 +388,14 @@ def test_pixels_are_kept_up_to_a_budget(
     assert all(equal(tight.batch(batch.step), batch) for batch in wanted)
     assert len(loads) > 20
     assert len(tight._pixels) == 2
+
+
+def test_the_last_token_guides_nothing(
+    one: Record, micro: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As with a chat template that puts nothing behind an answer.
+    cut = Encoded((1, 2, 3, 4, 5), (0, 0, 0, 1, 1), ((3, 4),))
+    monkeypatch.setattr(module, "encode", lambda *_: cut)
+    (group,) = draw([one], micro, CAPTION, batch_size=1).batch(0).groups
+    assert group.ids.shape == (1, 1, 4)
+    assert group.cols[group.weight > 0].tolist() == [3]

@@ -1,5 +1,6 @@
 """Pixels from any file, and one Geometry for whatever goes with them."""
 
+import contextlib
 import io
 import struct
 import zlib
@@ -155,6 +156,30 @@ def test_what_cannot_be_read_is_one_line(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("content", ["whole", "animation", "cut"])
+def test_the_file_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str) -> None:
+    noise = Image.effect_noise((64, 64), 90)
+    data = (
+        encoded(noise)
+        if content != "animation"
+        else encoded(noise, "GIF", save_all=True, append_images=[noise.rotate(90)])
+    )
+    path = tmp_path / "picture"
+    path.write_bytes(data[:900] if content == "cut" else data)
+    files = []
+    opened = Image.open
+
+    def remember(*args: Any) -> Any:
+        image = opened(*args)
+        files.append(image.fp)
+        return image
+
+    monkeypatch.setattr(Image, "open", remember)
+    with contextlib.suppress(UserError):
+        load_image(path)
+    assert [file.closed for file in files] == [True]
+
+
 def test_the_pixel_limit_comes_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     def decode(*_: Any) -> None:
         raise AssertionError("decoded")
@@ -163,6 +188,16 @@ def test_the_pixel_limit_comes_before_decoding(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(type(image), "load", decode)
     with pytest.raises(UserError, match=r"at most 3e-05 megapixels, got 8x4"):
         load_image(image, max_pixels=30)
+
+
+def test_whatever_a_decoder_raises_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def decode(*_: Any) -> None:
+        raise struct.error("unpack requires\n4 bytes")
+
+    image = Image.open(io.BytesIO(encoded(ramp("RGB"))))
+    monkeypatch.setattr(type(image), "load", decode)
+    with pytest.raises(UserError, match="damaged or truncated image: unpack requires 4 bytes"):
+        load_image(image)
 
 
 def test_an_empty_image_is_refused() -> None:

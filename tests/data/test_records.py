@@ -159,8 +159,8 @@ COCO_IMAGE = {"id": 5, "file_name": "1.png", "width": 20, "height": 10}
 
 
 def coco(folder: Path, caption: Any, *annotations: dict[str, Any], **tables: Any) -> list[Record]:
-    """One caption about one picture; categories 1 dog, 2 hot dog, 3 cup."""
-    names = ("dog", "hot dog", "cup")
+    """One caption about one picture; categories 1 dog, 2 hot dog, 3 cup, 4 dog house."""
+    names = ("dog", "hot dog", "cup", "dog house")
     instances = {
         "images": [COCO_IMAGE],
         "categories": [{"id": i, "name": name} for i, name in enumerate(names, 1)],
@@ -226,6 +226,7 @@ def test_coco_words_cover_all_instances_of_their_category(folder: Path) -> None:
         ("A hot dog on a table", ["hot dog"]),
         ("A hot dog and a dog", ["hot dog", "dog"]),
         ("A cup beside a dog", ["cup", "dog"]),
+        ("Dog houses", ["Dog house"]),
         ("Cupcakes and doggies", []),
         ("A table", []),
     ],
@@ -233,7 +234,7 @@ def test_coco_words_cover_all_instances_of_their_category(folder: Path) -> None:
 def test_coco_finds_whole_names_the_longest_first(
     folder: Path, caption: str, texts: list[str]
 ) -> None:
-    things = [thing(c, 2 * c, 1, 3, 3) for c in (1, 2, 3)]
+    things = [thing(c, 2 * c, 1, 3, 3) for c in (1, 2, 3, 4)]
     (record,) = coco(folder, caption, *things)
     assert [p.text for p in record.phrases] == texts
     assert all(caption[p.start : p.end] == p.text for p in record.phrases)

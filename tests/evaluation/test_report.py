@@ -128,6 +128,13 @@ def test_a_question_only_one_arm_answered_is_left_out_of_the_difference():
     assert gap["pope.adversarial.accuracy"][0] == 0
 
 
+def test_a_model_that_says_nothing_has_no_hallucination_rate_to_compare():
+    both = answers([True] * 4, [], 1.0)
+    gap = report.differences(both, both)
+    assert "chair_i" not in gap
+    assert gap["recall"] == [0, 0, 0]
+
+
 CURVES = {
     arm: [
         {"step": s, "stage": "align" if s < 10 else "guide", "lm": 3.0 / s, "attention": 2.0 / s}

@@ -151,10 +151,13 @@ def test_meta_sizes_are_metas():
 
 
 class Malicious:
-    """Would run a command when unpickled by a careless reader."""
+    """Would make a folder when unpickled by a careless reader."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
 
     def __reduce__(self):
-        return os.system, ("touch /tmp/agevlm-was-here",)
+        return os.mkdir, (str(self.folder),)
 
 
 def other_keys(state):
@@ -193,12 +196,12 @@ def test_a_checkpoint_of_something_else_is_explained(checkpoint, tmp_path, chang
 def test_a_damaged_or_malicious_checkpoint_is_refused(checkpoint, tmp_path):
     (tmp_path / "short.pth").write_bytes(checkpoint.read_bytes()[:5000])
     (tmp_path / "text.safetensors").write_text("hello")
-    torch.save({"state": Malicious()}, tmp_path / "evil.pth")
+    torch.save({"state": Malicious(tmp_path / "pwned")}, tmp_path / "evil.pth")
     for name in ("short.pth", "text.safetensors", "evil.pth"):
         with pytest.raises(UserError, match="not a readable checkpoint") as caught:
             Teacher(tmp_path / name, device="cpu")
         assert "\n" not in str(caught.value)
-    assert not Path("/tmp/agevlm-was-here").exists()
+    assert not (tmp_path / "pwned").exists()
     with pytest.raises(UserError, match="no such file"):
         Teacher(tmp_path / "nothing.pth")
 

@@ -19,7 +19,7 @@ def maps(rng: np.random.Generator) -> np.ndarray:
 
 
 def numpy_soft_mask(target: np.ndarray) -> np.ndarray:
-    return np.minimum(1.5 * target / target.max(-1, keepdims=True), 1.0)
+    return target / target.max(-1, keepdims=True)
 
 
 def numpy_mass(attn: np.ndarray, target: np.ndarray) -> np.ndarray:

@@ -1,5 +1,6 @@
 """The loop: exact resume, exact trainable sets, what happens when a step goes wrong."""
 
+import errno
 import io
 import json
 import os
@@ -13,7 +14,7 @@ import pytest
 
 from agevlm_mlx.errors import UserError
 from agevlm_mlx.training import checkpoint, objective
-from agevlm_mlx.training.log import read_metrics
+from agevlm_mlx.training.log import Metrics, read_metrics
 from agevlm_mlx.training.losses import attention_loss, lm_loss
 from agevlm_mlx.training.rules import named_parameters, trainable_names
 from agevlm_mlx.training.stages import Losses
@@ -233,6 +234,29 @@ def test_nothing_but_bad_batches_ends_the_run_even_with_skip(tmp_path: Path, noi
     poison(job, set(range(12)))
     with pytest.raises(UserError, match="step 10"):
         train(job, tmp_path)
+
+
+def test_a_signal_just_after_a_step_saves_too(tmp_path: Path, noise_job):
+    class Late(Trainer):
+        def _after_step(self, *args: Any) -> None:
+            super()._after_step(*args)
+            if self.step == 7:  # no checkpoint is due here
+                os.kill(os.getpid(), signal.SIGINT)
+
+    trainer = Late(noise_job(), tmp_path, stream=io.StringIO())
+    assert trainer.train() is False
+    saved = checkpoint.load(tmp_path)
+    assert saved is not None
+    assert saved.step == trainer.step == 7
+
+
+def test_a_full_disk_says_how_to_go_on(tmp_path: Path, noise_job, monkeypatch):
+    def full(self: Any, **row: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Metrics, "write", full)
+    with pytest.raises(UserError, match=r"no space left .* agevlm train --resume"):
+        train(noise_job(), tmp_path)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
