@@ -5,7 +5,9 @@ returns an ordinary prompt cache that also holds the images, so that everything 
 that takes a prompt cache works on images too.
 """
 
+import copy
 import math
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -101,22 +103,31 @@ class AgeVLM(nn.Module):
         """The same from projected tokens [B S D].
 
         Without a `cache`, one for a single pass is made, in which each image may serve
-        `texts` consecutive text rows (rows b*R .. b*R+R-1 of the ids); keys and values of
-        an image are then computed once for all of its texts.
+        `texts` consecutive text rows (rows b*R .. b*R+R-1 of the ids).
         """
-        if cache is not None and texts != 1:
+        if cache is None:
+            seen = self.look(z_img, self._one_pass_cache())
+            return self.share(seen, texts)
+        if texts != 1:
             raise ValueError(f"expected texts=1 with a given cache, got {texts}")
-        cache = self._one_pass_cache() if cache is None else cache
         if self.fusion == "concat":
-            return self._prefix(z_img, cache, texts)
+            return self._prefix(z_img, cache)
         for i in self._looking:
             block = self.language_model.layers[i].cross_attn
-            first = cache[i].vision is None
-            keys, values = block.project(z_img, null=first)
-            cache[i].add(keys, values, texts=texts, null=block.null_slots)
+            keys, values = block.project(z_img, null=cache[i].vision is None)
+            cache[i].add(keys, values, null=block.null_slots)
         return cache
 
-    def _prefix(self, z_img: mx.array, cache: list[Any], texts: int) -> list[Any]:
+    def share(self, seen: list[Any], texts: int) -> list[Any]:
+        """A cache for one pass over `texts` text rows an image, of images looked at before.
+
+        `seen` comes from ``look(z_img)``, has no text yet and stays as it is: keys and values
+        of the images, and for concat the pass over their tokens, are computed once for all
+        groups of texts.
+        """
+        return [_serve(entry, texts) for entry in seen]
+
+    def _prefix(self, z_img: mx.array, cache: list[Any]) -> list[Any]:
         """Concat: the image tokens are the first tokens of the text's own cache."""
         ids = mx.zeros(z_img.shape[:2], mx.int32)
         at_start = isinstance(cache[0].offset, int) and cache[0].offset == 0
@@ -124,9 +135,6 @@ class AgeVLM(nn.Module):
         for entry in cache:
             if at_start:
                 entry.prefix = z_img.shape[1]
-            if texts > 1:
-                entry.text.keys = mx.repeat(entry.text.keys, texts, axis=0)
-                entry.text.values = mx.repeat(entry.text.values, texts, axis=0)
         return cache
 
     def __call__(
@@ -179,3 +187,15 @@ class AgeVLM(nn.Module):
     def num_image_tokens(self) -> int:
         """S, the tokens of one image."""
         return math.prod(self.grid)
+
+
+def _serve(entry: Any, texts: int) -> Any:
+    """A copy of one layer's cache whose rows each serve `texts` text rows."""
+    if isinstance(entry, VisionCache):
+        vision = replace(entry.vision, texts=texts) if entry.vision else None
+        return VisionCache(_serve(entry.text, texts), vision, entry.prefix)
+    served = copy.copy(entry)
+    if texts > 1 and getattr(served, "keys", None) is not None:
+        served.keys = mx.repeat(served.keys, texts, axis=0)
+        served.values = mx.repeat(served.values, texts, axis=0)
+    return served

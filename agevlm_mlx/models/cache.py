@@ -93,7 +93,7 @@ class VisionCache:
     def nbytes(self) -> int:
         return self.text.nbytes + (self.vision.nbytes if self.vision else 0)
 
-    def add(self, keys: mx.array, values: mx.array, *, texts: int = 1, null: int = 1) -> None:
+    def add(self, keys: mx.array, values: mx.array, *, null: int = 1) -> None:
         """Let the text from here on see images with these keys and values [B K S H].
 
         The null slot, if any, must come with the first images only.
@@ -101,7 +101,7 @@ class VisionCache:
         offset = self.text.offset
         fresh = isinstance(offset, int) and offset == 0
         if self.vision is None:
-            self.vision = VisionKV(keys, values, None, texts, null)
+            self.vision = VisionKV(keys, values, None, 1, null)
             if fresh:
                 return
             start = mx.zeros(keys.shape[::2], mx.int32)  # B S

@@ -48,10 +48,13 @@ class FeatureAdaptor(nn.Module):
 
 
 def read_texts(
-    model: AgeVLM, z_img: mx.array, group: TextGroup, *, guided: bool, heads: int | None
+    model: AgeVLM, seen: list[Any], group: TextGroup, *, guided: bool, heads: int | None
 ) -> tuple[mx.array, mx.array | None]:
-    """logits [B*R T V] of a group's texts and, if `guided`, attn_map [P L heads S] of its rows."""
-    cache = model.look(z_img, texts=group.ids.shape[1])
+    """logits [B*R T V] of a group's texts and, if `guided`, attn_map [P L heads S] of its rows.
+
+    `seen` is what ``model.look`` gave for the batch's images.
+    """
+    cache = model.share(seen, group.ids.shape[1])
     ids = mx.array(group.ids).flatten(0, 1)  # [B*R T]
     if not guided:
         return model(ids, cache), None
@@ -65,14 +68,14 @@ def batch_loss(model: AgeVLM, batch: Batch, losses: Losses) -> tuple[mx.array, m
     all its guided rows; neither depends on how the texts are grouped.
     """
     z_vis = model.encode(mx.array(batch.pixels))
-    z_img = model.project(z_vis)
+    seen = model.look(model.project(z_vis))
     lm, tokens = mx.array(0.0), 0.0
     attention, guided_weight = mx.array(0.0), 0.0
     for group in batch.groups:
         weight = float(group.weight.sum())
         guided = losses.attention.weight > 0 and weight > 0
         logits, attn_map = read_texts(
-            model, z_img, group, guided=guided, heads=losses.attention.heads
+            model, seen, group, guided=guided, heads=losses.attention.heads
         )
         group_lm, group_tokens = token_loss(logits, group.labels, group.loss_mask)
         lm, tokens = lm + group_lm, tokens + group_tokens
@@ -122,10 +125,10 @@ def validate(model: AgeVLM, batches: Iterator[Batch], heads: int | None) -> dict
     """
     nll, tokens, hits, rows = 0.0, 0.0, 0.0, 0.0
     for batch in batches:
-        z_img = model.project(model.encode(mx.array(batch.pixels)))
+        seen = model.look(model.project(model.encode(mx.array(batch.pixels))))
         for group in batch.groups:
             guided = bool(group.weight.any())
-            logits, attn_map = read_texts(model, z_img, group, guided=guided, heads=heads)
+            logits, attn_map = read_texts(model, seen, group, guided=guided, heads=heads)
             loss, weight = token_loss(logits, group.labels, group.loss_mask)
             nll, tokens = nll + loss.item(), tokens + weight
             if attn_map is not None:

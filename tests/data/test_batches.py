@@ -113,17 +113,18 @@ def test_texts_are_drawn_from_their_kinds_without_repeats(
     kind_of = {record.id: record.kind for record in records}
     groups = (CAPTION, GroupSpec(kinds=("presence", "count"), n=6))
     batches = draw(records, micro, *groups)
-    drawn: set[str] = set()
-    for step in range(24):
+    for step in range(12):
         ids = batches.batch(step).record_ids
         assert len(set(ids)) == len(ids) == 4 + 4 * 6
         assert [kind_of[i] for i in ids[:4]] == ["caption"] * 4
         assert {kind_of[i] for i in ids[4:]} <= {"presence", "count"}
         images = [i.split("-")[0] for i in ids]
         assert images[4:] == [image for image in images[:4] for _ in range(6)]
-        drawn.update(ids[4:])
-    # Two epochs of 6 out of 13 texts: other ones each time, in every place.
-    assert len(drawn) > 1.4 * 48 * 6
+    alone = [record for record in records if record.image == records[0].image]
+    batches = draw(alone, micro, groups[1], batch_size=1)
+    drawn = [frozenset(batches.batch(epoch).record_ids) for epoch in range(16)]
+    assert len(set(drawn)) > 12  # other texts every time
+    assert len(frozenset.union(*drawn)) == 13
 
 
 # What -----------------------------------------------------------------------------------------

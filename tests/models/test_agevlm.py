@@ -139,6 +139,9 @@ def test_several_texts_share_one_look(model):
     ids, images = tokens(6, 7), pixels(2)
     z_img = model.project(model.encode(images))
     together = model(ids, cache=model.look(z_img, texts=3))
+    seen = model.look(z_img)
+    for _ in range(2):  # a look can be shared by several groups of texts
+        assert mx.array_equal(model(ids, cache=model.share(seen, 3)), together)
     alone = [model(ids[r : r + 1], cache=model.see(images[r // 3 : r // 3 + 1])) for r in range(6)]
     assert difference(together, mx.concatenate(alone)) < TOLERANCE
 

@@ -23,10 +23,10 @@ VOCABULARY, TOKENS, ROWS = 40, 6, 4
 
 
 def noise_batch(step: int, images: int, groups: int, channels: int = 0) -> Batch:
-    """`groups` groups of 2 texts an image; guided rows 0..2, row 3 is padding."""
+    """`groups` groups of 2 texts an image; group g guides 3 - g rows, the rest is padding."""
     rng = np.random.default_rng([step, images])
 
-    def group() -> TextGroup:
+    def group(number: int) -> TextGroup:
         tokens = rng.integers(VOCABULARY, size=(images, 2, TOKENS + 1)).astype(np.int32)
         target = np.zeros((ROWS, 16), np.float32)
         target[np.arange(ROWS), rng.integers(16, size=ROWS)] = 1
@@ -37,13 +37,13 @@ def noise_batch(step: int, images: int, groups: int, channels: int = 0) -> Batch
             rows=rng.integers(images * 2, size=ROWS).astype(np.int32),
             cols=rng.integers(TOKENS, size=ROWS).astype(np.int32),
             target=target,
-            weight=np.array([1, 1, 1, 0], np.float32),
+            weight=(np.arange(ROWS) < 3 - number).astype(np.float32),
         )
 
     features = rng.normal(size=(images, 16, channels)).astype(np.float32) if channels else None
     return Batch(
         pixels=rng.normal(size=(images, 16, 16, 3)).astype(np.float32),
-        groups=tuple(group() for _ in range(groups)),
+        groups=tuple(group(number) for number in range(groups)),
         sam_features=features,
         record_ids=[f"record-{step}-{i}" for i in range(images)],
         step=step,
@@ -122,8 +122,11 @@ def noise_job(tiny_model_config: Callable[..., ModelConfig]) -> Callable[..., An
 TINY = Path(__file__).with_name("tiny.toml")
 
 
-def label(data: Path, store: Path, channels: int = 0) -> None:
-    """What `agevlm teach` would do, with the boxes for masks and noise for features."""
+def label(data: Path, store: Path, channels: int = 0, most: int | None = None) -> None:
+    """What `agevlm teach` would do, with the boxes for masks and noise for features.
+
+    With `most`, only that many images, as if it had been interrupted.
+    """
     preprocessor, grid = Preprocessor(image_size=32), (4, 4)
     meta = StoreMeta(
         teacher="boxes",
@@ -136,7 +139,7 @@ def label(data: Path, store: Path, channels: int = 0) -> None:
         boxes.setdefault(record.image, set()).update(p.box for p in record.phrases if p.box)
     rng = np.random.default_rng(0)
     with StoreWriter(store, meta) as writer:
-        for image, found in boxes.items():
+        for image, found in list(boxes.items())[:most]:
             coverage = np.zeros((len(found), 16), np.float32)
             for row, (x0, y0, x1, y1) in zip(coverage, sorted(found), strict=True):
                 mask = np.zeros((128, 128), bool)

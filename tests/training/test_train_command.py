@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from agevlm_mlx import weights
 from agevlm_mlx.train import main
 from agevlm_mlx.training import checkpoint, labels
+from agevlm_mlx.training.build import prepare
 from agevlm_mlx.training.log import read_metrics
 from agevlm_mlx.training.rules import named_parameters
 from agevlm_mlx.training.stages import read_recipe
@@ -174,6 +176,22 @@ def test_scenes_and_labels_are_made_when_missing(tiny: list[str], tmp_path: Path
     assert len(commands) == 1
 
 
+def test_labels_that_stop_half_way_are_completed_first(
+    tiny: list[str], tiny_folder: Path, tmp_path: Path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    label(tiny_folder / "train", Path("half"), most=5)
+    error = fails(capsys, *tiny, "data.store=half", "--out", "run")
+    assert "half does not hold labels for all images" in error
+
+    def teacher(command: list[str], check: bool) -> subprocess.CompletedProcess:
+        label(tiny_folder / "train", Path("half"))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(labels.subprocess, "run", teacher)
+    assert main([*tiny, *SHORT, "data.store=half", "data.teach=true", "--out", "run"]) == 0
+
+
 def test_a_teacher_that_fails_ends_the_command(
     tiny: list[str], tmp_path: Path, capsys, monkeypatch
 ):
@@ -228,6 +246,23 @@ def test_a_model_can_be_trained_further(finished: Path, tiny: list[str], tmp_pat
     assert steps[0] < rows(finished)[0]["lm"] - 1
     old, new = weights.load(finished), weights.load(run)
     assert new.tokenizer.get_vocab() == old.tokenizer.get_vocab()
+
+
+def test_validation_asks_the_texts_of_all_stages_on_the_same_images(tiny: list[str]):
+    overrides = [a for a in tiny[2:] if "store" not in a]
+    overrides += [
+        "stages.0.texts=[{kinds=['caption'], n=1}, {kinds=['presence'], n=5}]",
+        "stages.1.texts=[{kinds=['presence'], n=2}, {kinds=['match'], n=2}]",
+        "stages.1.losses.attention.weight=0",
+        "train.val_images=5",
+    ]
+    job = prepare(read_recipe(str(TINY), overrides))
+    first, second = list(job.validation()), list(job.validation())
+    assert [group.ids.shape[1] for group in first[0].groups] == [1, 5, 2]
+    assert [len(batch.pixels) for batch in first] == [4, 4]
+    for a, b in zip(first, second, strict=True):
+        assert np.array_equal(a.pixels, b.pixels)
+        assert all(np.array_equal(x.ids, y.ids) for x, y in zip(a.groups, b.groups, strict=True))
 
 
 def start(*argv: str) -> subprocess.Popen:

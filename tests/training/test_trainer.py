@@ -20,7 +20,7 @@ from agevlm_mlx.training.rules import named_parameters, trainable_names
 from agevlm_mlx.training.stages import Losses
 from agevlm_mlx.training.trainer import Trainer
 
-from .conftest import noise_batch
+from .conftest import ROWS, TOKENS, VOCABULARY, noise_batch
 
 #: Columns of metrics.jsonl that tell the time, not what was learned.
 CLOCKS = {"seconds", "waited"}
@@ -182,6 +182,36 @@ def test_features_are_distilled_where_the_teacher_has_them(noise_job):
     assert total.item() != alone.item()
     batch.pixels[1] = 5  # what is padding there cannot matter
     assert objective.batch_loss(job.model, batch, losses)[0].item() == pytest.approx(alone.item())
+
+
+def test_the_feature_head_averages_the_cells_of_a_coarser_teacher():
+    head = objective.FeatureAdaptor(3, 5, (4, 4), (2, 2))
+    z_vis = mx.random.normal((1, 16, 3))
+    top_right = z_vis.reshape(4, 4, 3)[:2, 2:].reshape(4, 3).mean(0)
+    same = objective.FeatureAdaptor(3, 5, (1, 1), (1, 1))
+    same.update(head.parameters())
+    assert mx.allclose(head(z_vis)[0, 1], same(top_right[None, None])[0, 0], atol=1e-6)
+    with pytest.raises(UserError, match="divides"):
+        objective.FeatureAdaptor(3, 5, (4, 4), (3, 3))
+
+
+def test_validation_is_over_tokens_and_points_with_the_most_attended_cell(noise_job, monkeypatch):
+    model, batch = noise_job().model, noise_batch(1, 2, 1)
+    group = batch.groups[0]
+    hits = np.zeros((ROWS, 16), np.float32)
+    hits[np.arange(ROWS), group.target.argmax(-1)] = 1
+    hits[1] = np.roll(hits[1], 1)  # a miss
+    logits = mx.zeros((4, TOKENS, VOCABULARY))
+
+    def known(*_: Any, guided: bool, heads: int | None) -> tuple[mx.array, mx.array]:
+        assert guided
+        assert heads == 2
+        return logits, mx.array(hits)[:, None, None]
+
+    monkeypatch.setattr(objective, "read_texts", known)
+    result = objective.validate(model, iter([batch, batch]), heads=2)
+    assert result["val_pointing"] == pytest.approx(2 / 3)  # the row of weight 0 does not count
+    assert result["val_lm"] == pytest.approx(np.log(VOCABULARY), rel=1e-5)
 
 
 def poison(job: Any, at: set[int]) -> None:
