@@ -131,6 +131,8 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}:{error.lineno}: malformed JSON: {error.msg}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: expected UTF-8 text: {error.reason}") from None
+    except (RecursionError, ValueError) as error:  # nested too deeply, a number of 5000 digits
+        raise UserError(f"{path}: not JSON that can be read: {error}") from None
 
 
 def override(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:

@@ -108,6 +108,11 @@ def test_files_name_the_line(tmp_path):
     (tmp_path / "b.json").write_bytes(b"\xff\xfe{}")
     with pytest.raises(UserError, match="UTF-8"):
         read_json(tmp_path / "b.json")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    (tmp_path / "long.json").write_text("1" * 5000)
+    for name in ("deep", "long"):
+        with pytest.raises(UserError, match="not JSON that can be read"):
+            read_json(tmp_path / f"{name}.json")
     for read in (read_json, read_toml):
         with pytest.raises(UserError, match="no such file"):
             read(tmp_path / "missing")

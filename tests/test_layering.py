@@ -17,6 +17,7 @@ MAY_IMPORT = {
     "errors": set(),
     "openblas": set(),
     "parallel": {"errors"},
+    "steps": {"errors", "config", "evaluation"},
     "config": {"errors"},
     "models": {"errors", "config", "kernels"},
     "kernels": {"errors", "config"},

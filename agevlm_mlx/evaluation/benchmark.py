@@ -88,7 +88,11 @@ class Scores:
         if np.isfinite(pair).all():
             self.intervals[name] = pair
 
+    def ratio(self, name: str, numerator: np.ndarray, denominator: np.ndarray) -> None:
+        """A ratio of sums, from its two parts per image f[images]."""
+        value = metrics.divide(numerator.sum(), denominator.sum())
+        self.put(name, value, metrics.ratio_draws(numerator, denominator, self.draws))
+
     def mean(self, name: str, images: Sequence[int], values: metrics.Numbers) -> None:
-        parts = metrics.per_image(images, values, self.draws.shape[1])
-        mean = metrics.divide(parts[0].sum(), parts[1].sum())
-        self.put(name, mean, metrics.ratio_draws(*parts, self.draws))
+        """The mean of `values`, each belonging to the image numbered beside it."""
+        self.ratio(name, *metrics.per_image(images, values, self.draws.shape[1]))

@@ -160,43 +160,35 @@ def _with_plural(words: tuple[str, ...]) -> set[tuple[str, ...]]:
     return {words, *((*head, plural) for plural in plurals)}
 
 
-@dataclass(frozen=True)
-class Chair:
-    """Object hallucination in captions (Rohrbach et al., 2018), and how much was said at all.
+def caption_counts(said: Sequence[str], true: Collection[str]) -> tuple[int, int, int, int, int]:
+    """What one caption mentions against the objects of its picture.
 
-    ``chair_i``: mentions of absent objects / all mentions. ``chair_s``: captions with at least
-    one / captions. ``recall``: present objects mentioned / present objects.
+    Mentions of absent objects, all mentions, objects recalled, objects present, and different
+    nouns mentioned.
     """
-
-    chair_i: float
-    chair_s: float
-    recall: float
-    mentions: float
+    present, different = set(true), set(said)
+    absent = sum(noun not in present for noun in said)
+    return absent, len(said), len(present & different), len(present), len(different)
 
 
-def chair(mentions: Sequence[Sequence[str]], truth: Sequence[Collection[str]]) -> Chair:
-    """Score captions, given as their mentions, against the objects of each picture."""
-    counts = np.array(
-        [chair_counts(said, true) for said, true in zip(mentions, truth, strict=True)], np.float64
-    ).reshape(-1, 4)
-    wrong, said, recalled, present = counts.sum(0)
-    return Chair(
-        chair_i=divide(wrong, said),
-        chair_s=divide((counts[:, 0] > 0).sum(), len(counts)),
-        recall=divide(recalled, present),
-        mentions=divide(said, len(counts)),
-    )
+def caption_ratios(counts: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Scores of captions as numerator and denominator f64[captions], to be summed first.
 
-
-def chair_counts(said: Sequence[str], true: Collection[str]) -> tuple[int, int, int, int]:
-    """Of one caption: mentions of absent objects, mentions, objects recalled, objects present."""
-    present = set(true)
-    return (
-        sum(noun not in present for noun in said),
-        len(said),
-        len(present & set(said)),
-        len(present),
-    )
+    ``chair_i`` (Rohrbach et al., 2018): mentions of absent objects / mentions; ``chair_s``:
+    captions with at least one / captions. Both are lowered by saying little or the same thing
+    twice, hence ``recall``: objects mentioned / objects present, ``repeated_mentions`` /
+    mentions, and ``caption_f1``, of the different nouns mentioned against the objects present.
+    counts: rows of `caption_counts`.
+    """
+    absent, said, recalled, present, different = np.asarray(counts, np.float64).reshape(-1, 5).T
+    return {
+        "chair_i": (absent, said),
+        "chair_s": ((absent > 0).astype(np.float64), np.ones_like(said)),
+        "recall": (recalled, present),
+        "caption_f1": (2 * recalled, different + present),
+        "repeated_mentions": (said - different, said),
+        "mentions_per_caption": (said, np.ones_like(said)),
+    }
 
 
 # --- where the attention lies ----------------------------------------------------------------

@@ -110,19 +110,19 @@ def _caption_differences(
     pairs = _paired(first, second, "caption")
     if not pairs:
         return {}
-    counts = np.array(
-        [[metrics.chair_counts(row["mentions"], row["objects"]) for row in pair] for pair in pairs],
-        float,
-    )  # images, arms, (wrong, said, recalled, present)
+    parts = [
+        metrics.caption_ratios(
+            np.array([metrics.caption_counts(row["mentions"], row["objects"]) for row in arm])
+        )
+        for arm in zip(*pairs, strict=True)
+    ]
     draws = metrics.image_draws(len(pairs), seed=seed)
     out = {}
-    for name, top, bottom in (("chair_i", 0, 1), ("recall", 2, 3)):
-        parts = [
-            (counts[:, arm, top].astype(float), counts[:, arm, bottom].astype(float))
-            for arm in (0, 1)
+    for name in ("chair_i", "recall", "caption_f1"):
+        values = [
+            metrics.divide(top.sum(), bottom.sum()) for top, bottom in (p[name] for p in parts)
         ]
-        values = [metrics.divide(t.sum(), b.sum()) for t, b in parts]
-        drawn = [metrics.ratio_draws(t, b, draws) for t, b in parts]
+        drawn = [metrics.ratio_draws(*p[name], draws) for p in parts]
         out[name] = [values[0] - values[1], *metrics.interval(drawn[0] - drawn[1])]
     return out
 
@@ -159,6 +159,7 @@ def summary(report: Mapping[str, Any]) -> str:
         "uniform_energy",
         "chair_i",
         "recall",
+        "caption_f1",
         "train_seconds",
     ]
     lines = [f"{'':<36}" + "".join(f"{name:>10}" for name in ARMS)]

@@ -52,12 +52,14 @@ _TABLE: Sequence[tuple[str, Sequence[tuple[str, str, str, str]]]] = (
         ),
     ),
     (
-        "Are its captions about what is there? (CHAIR)",
+        "Are its captions about what is there?",
         (
-            ("chair_i", "objects named that are absent", "lower", ""),
-            ("chair_s", "captions that name one", "lower", ""),
+            ("caption_f1", "objects named against objects present: F1", "higher", ""),
             ("recall", "objects present that are named", "higher", ""),
+            ("chair_i", "objects named that are absent (CHAIR)", "lower", ""),
+            ("chair_s", "captions that name one (CHAIR)", "lower", ""),
             ("mentions_per_caption", "objects named per caption", "", ""),
+            ("repeated_mentions", "of these, named twice", "lower", ""),
         ),
     ),
 )
@@ -95,7 +97,7 @@ def _headline(report: Mapping[str, Any]) -> str:
     tiles = (
         ("pope.adversarial.accuracy", "right about the trickiest yes/no questions"),
         ("pointing_game", "looked at the object it was asked for"),
-        ("chair_i", "of the objects named in captions are not there"),
+        ("caption_f1", "right about the objects it names by itself (F1)"),
     )
     parts = []
     for key, text in tiles:

@@ -227,17 +227,10 @@ def _captions(
     nouns = metrics.NounVocabulary(list(folder.themes))
     said = asker.greedy(CAPTION_PROMPT, settings.max_tokens, progress("captions"))
     mentions = [nouns.mentions(text) for text in said]
-    counts = np.array(
-        [metrics.chair_counts(m, i.objects) for m, i in zip(mentions, items, strict=True)], float
-    )
-    total = metrics.chair(mentions, [list(item.objects) for item in items])
-    wrong, number, recalled, present = counts.T
-    draws = score.draws
-    score.put("chair_i", total.chair_i, metrics.ratio_draws(wrong, number, draws))
-    one = np.ones(len(items))
-    score.put("chair_s", total.chair_s, metrics.ratio_draws(wrong > 0, one, draws))
-    score.put("recall", total.recall, metrics.ratio_draws(recalled, present, draws))
-    score.put("mentions_per_caption", total.mentions)
+    pairs = zip(mentions, items, strict=True)
+    counts = np.array([metrics.caption_counts(m, item.objects) for m, item in pairs])
+    for name, parts in metrics.caption_ratios(counts).items():
+        score.ratio(name, *parts)
     return [
         {
             "task": "caption",

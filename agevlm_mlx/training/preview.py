@@ -93,8 +93,8 @@ def _row_text(job: Job, group: TextGroup, row: int, colour: bool) -> str:
         for r, c, w in zip(group.rows, group.cols, group.weight, strict=True)
         if r == row and w > 0
     }
-    tokens = [(int(ids[0]), False, 0 in guided)]
-    tokens += [(int(labels[t]), mask[t] > 0, t + 1 in guided) for t in range(end)]
+    tokens = [(int(ids[0]), False, False)]
+    tokens += [(int(labels[t]), bool(mask[t]), t + 1 in guided) for t in range(end)]
     out = ""
     for (supervised, looked), run in groupby(tokens, key=lambda token: token[1:]):
         text = job.tokenizer.decode([token for token, _, _ in run])

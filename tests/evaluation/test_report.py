@@ -38,6 +38,8 @@ def evaluation(adversarial: float) -> dict[str, Any]:
         "chair_i": 0.25,
         "chair_s": 0.4,
         "recall": 0.5,
+        "caption_f1": 0.55,
+        "repeated_mentions": 0.1,
         "mentions_per_caption": 2.0,
     }
     return {
@@ -116,6 +118,7 @@ def test_differences_are_guided_minus_concat_on_the_same_items(comparison):
     # guided never names the absent cat, concat in one of two mentions; both find the dog
     assert gap["chair_i"] == [pytest.approx(-0.5)] * 3
     assert gap["recall"] == [0, 0, 0]
+    assert gap["caption_f1"] == [pytest.approx(1 - 2 / 3)] * 3
     assert gap["pointing_game"] == [0, 0, 0]
     # guided always prefers the true caption, concat never; nobody has a hard one
     assert gap["matching_auroc"] == [pytest.approx(1.0)] * 3

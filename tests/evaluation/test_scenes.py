@@ -87,6 +87,7 @@ def test_a_model_that_knows_the_labels_gets_everything_right(perfect):
     assert flat["matching_auroc"] > 0.97  # two pictures may have the same caption
     assert flat["matching_auroc_hard"] == flat["matching_win_rate_hard"] == 1.0
     assert (flat["chair_i"], flat["chair_s"], flat["recall"]) == (0, 0, 1)
+    assert (flat["caption_f1"], flat["repeated_mentions"]) == (1, 0)
 
 
 def test_a_model_that_looks_at_the_object_wins_the_pointing_game(perfect):
