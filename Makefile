@@ -5,6 +5,9 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-print-directory
 
+# So that modules compiled once stay compiled (container images like to forbid it).
+unexport PYTHONDONTWRITEBYTECODE
+
 OS := $(shell uname -s)
 # The first Python that is new enough; `make demo PYTHON=/path/to/python3` takes another.
 ifndef PYTHON
@@ -18,7 +21,8 @@ MLX ?= cpu
 TORCH_INDEX ?=
 
 BIN := .venv/bin
-# --no-compile: two thirds of the install time go into compiling modules that nobody imports.
+# Compiling every module of every package takes longer than the rest of the installation, and few
+# are ever imported: those that are get compiled by importing them once (see the stamps below).
 PIP_FLAGS := --disable-pip-version-check --quiet --prefer-binary --no-compile -c constraints.txt \
   $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 comma := ,
@@ -68,11 +72,13 @@ endif
 	@$(BIN)/python -m pip install $(PIP_FLAGS) setuptools
 	@$(BIN)/python -m pip install $(PIP_FLAGS) --no-build-isolation \
 	  -e ".[$(BACKEND)teacher]"
+	@$(BIN)/python -c "import mlx_lm.generate, torch"
 	@touch $@
 
 .venv/.test: .venv/.demo
 	@echo "Installing what the tests need"
 	@$(BIN)/python -m pip install $(PIP_FLAGS) --no-build-isolation -e ".[app,dev]"
+	@$(BIN)/python -c "import gradio, hypothesis, pytest"
 	@touch $@
 
 # Shell functions for the two targets below: apt-get as root, or through sudo where it asks nothing.

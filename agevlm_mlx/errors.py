@@ -4,13 +4,16 @@ import errno
 import functools
 import sys
 from collections.abc import Callable
+from typing import ParamSpec
+
+P = ParamSpec("P")
 
 
 class UserError(ValueError):
     """Bad input. The message is one line: what was expected, what was found, what to do."""
 
 
-def command(main: Callable[[list[str] | None], int]) -> Callable[[list[str] | None], int]:
+def command(main: Callable[P, int]) -> Callable[P, int]:
     """Turn the errors a user can cause into one line on stderr and an exit status.
 
     ``UserError`` and a full disk exit with 2, Ctrl-C with 130. Anything else is a bug of
@@ -18,9 +21,9 @@ def command(main: Callable[[list[str] | None], int]) -> Callable[[list[str] | No
     """
 
     @functools.wraps(main)
-    def run(argv: list[str] | None = None) -> int:
+    def run(*args: P.args, **kwargs: P.kwargs) -> int:
         try:
-            return main(argv)
+            return main(*args, **kwargs)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2

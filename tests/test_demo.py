@@ -1,8 +1,10 @@
 """`agevlm demo`: what is done again, what is kept, and who may work in a folder."""
 
 import contextlib
+import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 
 from agevlm_mlx import demo, steps
 from agevlm_mlx.errors import UserError
+from agevlm_mlx.evaluation import report
 
 
 def step(folder: Path, inputs: object, code: str = "demo.py", fresh: bool = False) -> bool:
@@ -146,3 +149,32 @@ def test_a_senseless_scale_is_refused(scale, tmp_path, capsys):
     assert demo.main(["--out", str(tmp_path / "d"), "--steps-scale", scale]) == 2
     assert "--steps-scale" in capsys.readouterr().err
     assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.e2e
+@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="the teacher needs torch")
+def test_a_small_demo_from_nothing_to_a_report_and_again(tmp_path):
+    command = [sys.executable, "-m", "agevlm_mlx.demo", "--out", str(tmp_path / "d")]
+    command += ["--steps-scale", "0.005"]
+    first, second = (
+        subprocess.run(command, capture_output=True, text=True, timeout=600) for _ in range(2)
+    )
+    assert first.returncode == 0, first.stderr
+    assert second.returncode == 0, second.stderr
+    assert "unchanged" not in first.stdout
+    names = ["scenes", "teach", "train", "evaluate", "answer"]
+    assert re.findall(r"^(\w+): unchanged, kept", second.stdout, re.MULTILINE) == names
+    out = tmp_path / "d"
+    result = json.loads((out / "report.json").read_text())
+    for arm in ("concat", "guided"):
+        one = result["arms"][arm]
+        for split in ("random", "popular", "adversarial"):
+            assert set(report.POPE_KEYS) <= set(one["pope"][split])
+        for key in ("matching_auroc", "pointing_game", "energy_in_mask", "chair_i"):
+            assert 0 <= one[key] <= 1
+        assert one["train_seconds"] > 0
+    assert [step["name"] for step in result["steps"]] == names
+    assert all(step["reused"] for step in result["steps"])
+    assert any(line.startswith("agevlm train --recipe scenes ") for line in result["commands"])
+    assert (out / "report.html").read_text().count("<img") == 3 * 8
+    assert (out / "answer.png").read_bytes().startswith(b"\x89PNG")

@@ -38,15 +38,22 @@ def line_chart(
     *,
     x_label: str = "step",
     marks: Sequence[tuple[float, str]] = (),
+    span: tuple[float, float] | None = None,
     floor: float | None = None,
     ceiling: float | None = None,
+    log: bool = False,
 ) -> str:
     """An SVG of the curves; `marks` are named vertical lines (where a stage begins).
 
-    A chart without any finite point says so in place of axes.
+    `span` are the ends of the x axis, `floor` and `ceiling` of the y axis (default: those of the
+    points); `log` makes the y axis logarithmic. A chart without any point to draw says so.
     """
     kept = [
-        Line(line.label, line.style, [p for p in line.points if np.isfinite(p).all()])
+        Line(
+            line.label,
+            line.style,
+            [p for p in line.points if np.isfinite(p).all() and (p[1] > 0 or not log)],
+        )
         for line in lines
     ]
     kept = [line for line in kept if line.points]
@@ -60,15 +67,18 @@ def line_chart(
         return f'{head}<text class="tick" {middle}>not recorded</text></svg>'
     xs = [x for line in kept for x, _ in line.points]
     ys = [y for line in kept for _, y in line.points]
-    x0, x1 = min(xs), max(max(xs), min(xs) + 1e-9)
-    ticks = _ticks(min(ys) if floor is None else floor, max(ys) if ceiling is None else ceiling)
-    y0, y1 = ticks[0], ticks[-1]
+    x0, x1 = span or (min(xs), max(xs))
+    x1 = max(x1, x0 + 1e-9)
+    low, high = min(ys) if floor is None else floor, max(ys) if ceiling is None else ceiling
+    ticks = _log_ticks(low, high) if log else _ticks(low, high)
+    scale = np.log10 if log else float
+    y0, y1 = float(scale(ticks[0])), float(scale(ticks[-1]))
 
     def sx(x: float) -> float:
         return _LEFT + (x - x0) / (x1 - x0) * (_WIDTH - _LEFT - _RIGHT)
 
     def sy(y: float) -> float:
-        share = (min(max(y, y0), y1) - y0) / (y1 - y0)
+        share = (min(max(float(scale(y)), y0), y1) - y0) / (y1 - y0)
         return _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
 
     parts = [head]
@@ -83,11 +93,16 @@ def line_chart(
             f'<text class="tick" x="{sx(tick):.1f}" y="{_HEIGHT - _BOTTOM + 16}" '
             f'text-anchor="middle">{tick:g}</text>'
         )
+    last, row = -100.0, 0
     for x, name in marks:
         if x0 <= x <= x1:
-            parts.append(f'<path class="mark" d="M{sx(x):.1f} {_TOP}V{_HEIGHT - _BOTTOM}"/>')
+            # A short stage leaves no room for its name: the next one goes a line lower.
+            row = row + 1 if sx(x) - last < 7 * len(name) + 8 else 0
+            last = sx(x)
+            parts.append(f'<path class="mark" d="M{last:.1f} {_TOP}V{_HEIGHT - _BOTTOM}"/>')
             parts.append(
-                f'<text class="stage" x="{sx(x) + 3:.1f}" y="{_TOP + 9}">{escape(name)}</text>'
+                f'<text class="stage" x="{last + 3:.1f}" y="{_TOP + 9 + 12 * row}">'
+                f"{escape(name)}</text>"
             )
     for line in kept:
         path = " ".join(f"{sx(x):.1f},{sy(y):.1f}" for x, y in line.points)
@@ -122,3 +137,12 @@ def _ticks(low: float, high: float, inside: bool = False) -> list[float]:
     last = np.floor(high / step + 1e-9) if inside else np.ceil(high / step - 1e-9)
     last = max(last, first + (not inside))
     return [float(round(n * step, 10)) for n in np.arange(first, last + 1)]
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """1, 2, 5 times powers of ten around low..high; at least two."""
+    powers = range(int(np.floor(np.log10(low))) - 1, int(np.ceil(np.log10(high))) + 2)
+    ticks = [float(f"{m * 10.0**power:.12g}") for power in powers for m in (1, 2, 5)]
+    first = max(n for n, tick in enumerate(ticks) if tick <= low * (1 + 1e-9))
+    last = min(n for n, tick in enumerate(ticks) if tick >= high * (1 - 1e-9))
+    return ticks[first : max(last, first + 1) + 1]

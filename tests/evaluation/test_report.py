@@ -190,7 +190,7 @@ def test_the_page_shows_the_numbers_of_the_json_and_needs_no_network(comparison)
     page.feed(html)
     assert page.open == []
     assert page.addresses
-    assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
+    assert all(address.startswith("data:image/jpeg;base64,") for address in page.addresses)
     assert not re.search(r"@import|url\(|<script|<link|http-equiv", html)
     assert "<!--" not in html.replace("<!doctype", "")
     for arm in ("concat", "guided"):
@@ -224,6 +224,18 @@ def test_a_chart_marks_stages_and_survives_missing_values():
     assert "not recorded" in line_chart("Attention", [Line("x", "x", [])])
     assert "<circle" in line_chart("One", [Line("x", "x", [(3, 0.5)])])
     assert "<polyline" in line_chart("Flat", [Line("x", "x", [(1, 0.5), (2, 0.5)])])
+
+
+def test_a_logarithmic_chart_has_round_ticks_around_its_values():
+    line = Line("x", "x", [(1, 7.5), (2, 0.3), (3, 0.0)])
+    svg = line_chart("Loss", [line], log=True, span=(0, 10))
+    ticks = re.findall(r'text-anchor="end">([\d.]+)</text>', svg)
+    assert ticks == ["0.2", "0.5", "1", "2", "5", "10"]
+    (points,) = re.findall(r'points="([^"]+)"', svg)
+    assert len(points.split()) == 2  # no logarithm of zero
+    high, low = (float(point.split(",")[1]) for point in points.split())
+    assert high < low
+    assert "<polyline" in line_chart("Flat", [Line("x", "x", [(1, 1.0), (2, 1.0)])], log=True)
 
 
 def test_smoothing_keeps_the_mean_of_a_line_and_its_ends():

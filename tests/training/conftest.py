@@ -1,5 +1,6 @@
 """A job without files: the tiny model, and batches of noise that depend on the step alone."""
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,13 @@ from agevlm_mlx.data.scenes import write_scenes
 from agevlm_mlx.models.agevlm import AgeVLM
 from agevlm_mlx.sam.store import StoreMeta, StoreWriter, file_sha256, prompt_key
 from agevlm_mlx.training.stages import Recipe, Stage
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fsync guards against power cuts, which no test makes, and takes seconds on a busy disk."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
 
 VOCABULARY, TOKENS, ROWS = 40, 6, 4
 

@@ -128,7 +128,6 @@ def test_a_dry_run_shows_what_would_be_trained_and_writes_nothing(
     [
         ("stages.0.stepz=3", "stages[0].stepz: unknown key; did you mean 'steps'?"),
         ("data.train=nowhere", "data.train: nowhere does not exist"),
-        ("stages.1.texts=[{kinds=['poem']}]", "no texts of kind poem"),
         ("stages.1.trainable=[['vision.*', 1]]", "stage 'guide' trainable: no rule matches"),
         ("model.text_config.vocab_size=100", "vocab_size: expected at least"),
         ("model.text_config.model_type=lama", "expected an mlx-lm architecture"),
@@ -145,6 +144,14 @@ def test_bad_input_is_one_line_and_leaves_no_folder(
     monkeypatch.chdir(tmp_path)
     assert message in fails(capsys, *tiny, argument, "--out", "run")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_later_stage_without_texts_is_found_before_the_first(
+    tiny: list[str], tmp_path: Path, capsys
+):
+    bare = [a for a in tiny if not a.startswith("data.val")]
+    argument = "stages.1.texts=[{kinds=['poem']}]"
+    assert "no texts of kind poem" in fails(capsys, *bare, argument, "--out", str(tmp_path / "run"))
 
 
 def test_guidance_without_anything_to_guide_by_is_an_error(tiny: list[str], tmp_path: Path, capsys):
@@ -165,7 +172,8 @@ def test_scenes_and_labels_are_made_when_missing(tiny: list[str], tmp_path: Path
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(labels.subprocess, "run", teacher)
-    arguments = ["data.scenes={n=6, val=4}", "data.teach=true", "data.store=store", *SHORT]
+    arguments = ["data.scenes={n=6, val=4}", "data.val=val", "data.teach=true"]
+    arguments += ["data.store=store", *SHORT]
     assert main([*tiny[:2], *arguments, "--out", "run"]) == 0
     assert len(list((tmp_path / "train/images").iterdir())) == 6
     assert len(list((tmp_path / "val/images").iterdir())) == 4
