@@ -40,10 +40,10 @@ class Job:
     val_records: list[Record]
     val_store: Store | None
 
-    def batches(self, stage: Stage) -> Batches:
-        """The training batches of a stage; a function of the global step."""
+    def batches(self, stage: Stage, records: Sequence[Record] | None = None) -> Batches:
+        """The training batches of a stage, of all records or the given ones."""
         return Batches(
-            self.records,
+            self.records if records is None else records,
             self.tokenizer,
             self.preprocessor,
             self.model.grid,
@@ -113,9 +113,10 @@ def prepare(
     mx.eval(model.parameters())
     model.train()
     job = Job(recipe, model, tokenizer, preprocessor, records, store, val_records, val_store)
+    one_of_each_kind = list({record.kind: record for record in records}.values())
     for stage in recipe.stages:
         parameter_scales(model, stage)
-        job.batches(stage)
+        job.batches(stage, one_of_each_kind)  # are its texts there?
         _check_heads(model, stage)
     if val_records:
         job.validation()

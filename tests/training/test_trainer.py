@@ -24,6 +24,7 @@ from .conftest import ROWS, TOKENS, VOCABULARY, noise_batch
 
 #: Columns of metrics.jsonl that tell the time, not what was learned.
 CLOCKS = {"seconds", "waited"}
+SHORT = ("stages.0.steps=1", "stages.1.steps=1")
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
@@ -249,10 +250,10 @@ def test_a_loss_that_is_not_finite_names_step_stage_and_records(tmp_path: Path, 
 
 
 def test_on_nan_skip_leaves_the_batch_out(tmp_path: Path, noise_job):
-    job = noise_job("train.on_nan=skip")
+    job = noise_job("train.on_nan=skip", "stages.1.steps=3")
     poison(job, {6})
     trainer = train(job, tmp_path)
-    assert trainer.step == 12
+    assert trainer.step == 8
     assert [row["step"] for row in rows(tmp_path) if "skipped" in row] == [7]
     assert all(mx.isfinite(v).all().item() for v in named_parameters(trainer.model).values())
     for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
@@ -315,18 +316,16 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path: Path, noise_job, number:
     saved = checkpoint.load(tmp_path)
     assert saved is not None
     assert saved.step == trainer.step
-    whole = train(noise_job(), tmp_path / "whole")
-    assert same(train(noise_job(), tmp_path), whole)
 
 
 def test_a_run_resumes_only_under_its_own_recipe(tmp_path: Path, noise_job):
-    train(noise_job(), tmp_path)
+    train(noise_job(*SHORT), tmp_path)
     with pytest.raises(UserError, match="the recipe is not the one"):
-        train(noise_job("stages.0.lr=0.5"), tmp_path)
-    train(noise_job("train.log_every=1"), tmp_path)
+        train(noise_job(*SHORT, "stages.0.lr=0.5"), tmp_path)
+    train(noise_job(*SHORT, "train.log_every=1"), tmp_path)
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(tmp_path: Path, noise_job):
-    train(noise_job(), tmp_path)
+    train(noise_job(*SHORT), tmp_path)
     with pytest.raises(UserError, match="another model's"):
-        train(noise_job(fusion="concat"), tmp_path)
+        train(noise_job(*SHORT, fusion="concat"), tmp_path)
