@@ -153,10 +153,7 @@ def override(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]
         *parents, last = dotted.strip().split(".")
         node: Any = data
         for key in parents:
-            if isinstance(node, list):
-                node = _item(node, key, dotted)
-            else:
-                node = node.setdefault(key, {})
+            node = _item(node, key, dotted) if isinstance(node, list) else node.setdefault(key, {})
             if not isinstance(node, dict | list):
                 raise UserError(f"{dotted}: {key} is a value, not a table")
         if isinstance(node, list):

@@ -125,5 +125,5 @@ def test_model_config_round_trip():
         fusion_config=FusionConfig(layers=(1, 3), projector="linear"),
     )
     assert from_dict(ModelConfig, to_dict(config)) == config
-    with pytest.raises(UserError, match="text_config.model_type: missing"):
+    with pytest.raises(UserError, match="model_type: missing"):
         ModelConfig(text_config={}, vision_config={"model_type": "agevlm_vit"})

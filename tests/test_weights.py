@@ -84,7 +84,7 @@ def edit(folder, **changes):
 
 
 def test_wrong_folders_say_what_is_wrong(saved, tmp_path):
-    folder, model = saved
+    folder, _ = saved
     with pytest.raises(UserError, match="no such folder; pass a checkpoint folder or a hub id"):
         weights.load(tmp_path / "nothing")
     with pytest.raises(UserError, match="expected a checkpoint folder, got a file"):
@@ -101,7 +101,7 @@ def test_wrong_folders_say_what_is_wrong(saved, tmp_path):
 
 
 def test_wrong_weights_are_listed(saved):
-    folder, model = saved
+    folder, _ = saved
     fusion = json.loads((folder / "config.json").read_text())["fusion_config"]
     edit(folder, fusion_config={**fusion, "layers": [0, 2]})
     with pytest.raises(UserError, match=r"another architecture: missing .*layers\.0\.cross_attn"):

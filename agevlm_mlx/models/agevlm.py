@@ -31,10 +31,10 @@ class AgeVLM(nn.Module):
         self.config = config
         self.model_type = config.model_type
         self.fusion = config.fusion_config.fusion
-        self.vision_tower = build_encoder(config.vision_config)
-        self.language_model = build_language_model(config.text_config)
+        self.vision_tower: Any = build_encoder(config.vision_config)
+        self.language_model: Any = build_language_model(config.text_config)
         self._looking = graft(self.language_model, config.fusion_config)
-        self.multi_modal_projector = PROJECTORS[config.fusion_config.projector](
+        self.multi_modal_projector: Any = PROJECTORS[config.fusion_config.projector](
             config.fusion_config,
             self.vision_tower.width,
             language_model_width(self.language_model),

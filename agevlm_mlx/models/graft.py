@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx_lm.utils import MODEL_REMAPPING
 
 from ..config import FusionConfig
@@ -23,7 +22,7 @@ from .cache import VisionCache
 from .cross_attention import GatedCrossAttention, MapRequest
 
 
-def build_language_model(text_config: Mapping[str, Any]) -> nn.Module:
+def build_language_model(text_config: Mapping[str, Any]) -> Any:
     """The mlx-lm model of a ``text_config`` table, with random weights."""
     kind = str(text_config["model_type"])
     name = f"mlx_lm.models.{MODEL_REMAPPING.get(kind, kind)}"
@@ -56,12 +55,12 @@ def cross_layers(config: FusionConfig, depth: int) -> tuple[int, ...]:
     return tuple(sorted(config.layers))
 
 
-def language_model_width(lm: nn.Module) -> int:
+def language_model_width(lm: Any) -> int:
     """D, the width of the hidden states."""
     return lm.args.hidden_size
 
 
-def graft(lm: nn.Module, config: FusionConfig) -> tuple[int, ...]:
+def graft(lm: Any, config: FusionConfig) -> tuple[int, ...]:
     """Make `lm` look at images, in place; returns the layers that do."""
     layers = getattr(lm, "layers", None)
     if (

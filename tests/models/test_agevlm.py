@@ -248,7 +248,7 @@ def test_explicit_rows_reproduce_the_fused_output(kv_heads):
     z_img = model.project(model.encode(pixels(2)))
     cache, x = model.look(z_img), mx.random.normal((2, 5, 32))
     vision = cache[1].vision
-    rows, cols = (mx.array(v) for v in zip(*[(r, c) for r in range(2) for c in range(5)]))
+    rows, cols = (mx.array(v) for v in ([0] * 5 + [1] * 5, [*range(5), *range(5)]))
     _, maps = model.attend(tokens(2, 5), cache, rows, cols)
     assert maps.shape == (10, 2, 4, 16)
 

@@ -2,7 +2,7 @@
 ``grid``, ``width``, ``preprocessing`` and ``__call__``, and one line in `VISION_ENCODERS`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -32,7 +32,7 @@ class VisionEncoder(Protocol):
 
 
 #: ``vision_config.model_type`` -> (config class, module class)
-VISION_ENCODERS: dict[str, tuple[type, type[nn.Module]]] = {
+VISION_ENCODERS: dict[str, tuple[type, Callable[[Any], nn.Module]]] = {
     "agevlm_vit": (vit.VitConfig, vit.VitEncoder),
     "siglip_vision_model": (siglip.SiglipConfig, siglip.SiglipEncoder),
 }
