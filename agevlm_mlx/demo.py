@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import config, errors, parallel
+from . import atomic, config, errors, parallel
 from .data.image import Preprocessor
 from .errors import UserError
 from .evaluation import files, gallery, report, report_page
@@ -354,7 +354,7 @@ def _report(demo: Demo, train_seconds: dict[str, float]) -> None:
         commands=demo.commands,
     )
     files.write_json(demo.out / "report.json", result)
-    files.write_text(demo.out / "report.html", report_page.render(result, curves, cards))
+    atomic.write_text(demo.out / "report.html", report_page.render(result, curves, cards))
     print("\n" + report.summary(result))
 
 

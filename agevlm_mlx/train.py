@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from . import config
+from . import atomic, config
 from .errors import UserError, command
 from .training import checkpoint, preview, toml
 from .training.build import Job, export, prepare
@@ -124,7 +124,7 @@ def _start(run: Path, job: Job) -> None:
     run.mkdir(parents=True, exist_ok=True)
     checkpoint.clear(run)
     job.tokenizer.save_pretrained(str(run))
-    checkpoint.write_text(run / "config.toml", toml.dumps(config.to_dict(job.recipe)))
+    atomic.write_text(run / "config.toml", toml.dumps(config.to_dict(job.recipe)))
 
 
 def _dry_run(recipe: Recipe) -> int:

@@ -15,6 +15,7 @@ PACKAGES = ("agevlm_mlx", "app", "convert")
 #: for the modules at the top, the module. "*" stands for every part.
 MAY_IMPORT = {
     "errors": set(),
+    "atomic": set(),
     "openblas": set(),
     "parallel": {"errors"},
     "steps": {"errors", "config", "evaluation"},
@@ -22,11 +23,11 @@ MAY_IMPORT = {
     "models": {"errors", "config", "kernels"},
     "kernels": {"errors", "config"},
     # Level with each other: masks and pictures need one another's formats.
-    "data": {"errors", "config", "sam"},
-    "sam": {"errors", "config", "data"},
+    "data": {"errors", "atomic", "config", "sam"},
+    "sam": {"errors", "atomic", "config", "data"},
     "weights": {"errors", "config", "models", "data"},
-    "training": {"errors", "config", "models", "data", "sam", "weights"},
-    "evaluation": {"errors", "config", "models", "data", "sam", "weights"},
+    "training": {"errors", "atomic", "config", "models", "data", "sam", "weights"},
+    "evaluation": {"errors", "atomic", "config", "models", "data", "sam", "weights"},
     "generate": {"errors", "config", "models", "data", "weights", "evaluation"},
     # Commands and the package itself see everything below them.
     "__init__": "*",

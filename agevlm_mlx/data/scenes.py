@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..atomic import write_text
 from ..errors import UserError
 from ..sam.targets import rle_encode
 from .nouns import ALL_NOUNS, NOUNS, SPLITS, Split
@@ -71,7 +72,7 @@ def write_scenes(
             if progress:
                 progress(done, n)
     _write_tables(out, parts)
-    _write(out / "scenes.json", json.dumps(about, indent=2) + "\n")
+    write_text(out / "scenes.json", json.dumps(about, indent=2) + "\n")
     (out / ".unfinished").unlink()
     return True
 
@@ -178,12 +179,12 @@ def _write_tables(out: Path, parts: list[dict[str, Any]]) -> None:
     coco = {"info": {"description": "agevlm-mlx embedded scenes", "attribution": ATTRIBUTION}}
     captions = [{"id": i, **row} for i, row in enumerate(rows("captions"))]
     boxes = [{"id": i, **row} for i, row in enumerate(rows("annotations"), 1)]
-    _write(out / "llava.json", _lines(rows("records")))
-    _write(
+    write_text(out / "llava.json", _lines(rows("records")))
+    write_text(
         out / "captions.json",
         json.dumps({**coco, "images": rows("images"), "annotations": captions}),
     )
-    _write(
+    write_text(
         out / "instances.json",
         json.dumps(
             {**coco, "images": rows("images"), "annotations": boxes, "categories": categories}
@@ -191,19 +192,9 @@ def _write_tables(out: Path, parts: list[dict[str, Any]]) -> None:
     )
     for kind in POPE_KINDS:
         questions = [{"question_id": i, **q} for i, q in enumerate(rows(kind), 1)]
-        _write(out / f"pope_{kind}.json", "".join(json.dumps(q) + "\n" for q in questions))
+        write_text(out / f"pope_{kind}.json", "".join(json.dumps(q) + "\n" for q in questions))
 
 
 def _lines(records: list[dict]) -> str:
     """A JSON array with one record a line, so that an error can name the line."""
     return "[\n" + ",\n".join(json.dumps(r) for r in records) + "\n]\n"
-
-
-def _write(path: Path, text: str) -> None:
-    """Atomically: under another name first, synced, then moved into place."""
-    aside = path.with_name(f".{path.name}.partial")
-    with open(aside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)

@@ -14,9 +14,7 @@ An image key is the image's path relative to the data folder, with forward slash
 import dataclasses
 import hashlib
 import json
-import os
 import re
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,13 +23,12 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from .. import config
+from .. import atomic, config
 from ..errors import UserError
 
 FORMAT = "agevlm-sam-store"
 VERSION = 1
 INDEX = "index.json"
-TEMPORARY = ".tmp-"
 #: The number of the shard and how many images it holds: a grown shard is a new file.
 SHARD_NAME = re.compile(r"shard-\d{5,9}-\d{1,12}\.safetensors")
 
@@ -156,7 +153,7 @@ class Index:
         }
         lines = (f"{json.dumps(key)}: {json.dumps(vars(e))}" for key, e in self.images.items())
         text = json.dumps(head)[:-1] + ', "images": {\n' + ",\n".join(lines) + "\n}}\n"
-        write_atomic(folder / INDEX, text.encode("utf-8"))
+        atomic.write_bytes(folder / INDEX, text.encode("utf-8"))
 
 
 def read_index(folder: Path) -> Index:
@@ -231,26 +228,6 @@ def _inconsistency(index: Index) -> str | None:
         if not (0 <= entry.image < images and 0 <= entry.row <= rows - len(entry.prompts)):
             return f"image {key} has rows outside its shard"
     return None
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write `data` so that `path` holds either its old content or all of the new."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=TEMPORARY)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself has to survive a power cut, too
-    finally:
-        os.close(folder)
 
 
 def short(value: Any) -> str:

@@ -16,18 +16,17 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save
 
+from .. import atomic
 from ..errors import UserError
 from .index import (
     INDEX,
     SHARD_NAME,
-    TEMPORARY,
     Entry,
     Index,
     Shard,
     StoreMeta,
     open_shard,
     read_index,
-    write_atomic,
 )
 from .targets import quantise
 
@@ -197,7 +196,7 @@ class StoreWriter:
         # safetensors writes the memory as it lies, so it has to lie in C order.
         tensors = {k: np.ascontiguousarray(np.concatenate(p)) for k, p in table.parts.items()}
         data = save(tensors)
-        write_atomic(self.path / name, data)
+        atomic.write_bytes(self.path / name, data)
         shard = Shard(name, hashlib.sha256(data).hexdigest(), table.images, table.rows)
         index.shards[number:] = [shard]
 
@@ -210,7 +209,7 @@ class StoreWriter:
 
 
 def _ours(name: str) -> bool:
-    return name == ".lock" or name.startswith(TEMPORARY) or bool(SHARD_NAME.fullmatch(name))
+    return name == ".lock" or name.startswith(atomic.TEMPORARY) or bool(SHARD_NAME.fullmatch(name))
 
 
 def _size(tensors: Mapping[str, np.ndarray]) -> int:

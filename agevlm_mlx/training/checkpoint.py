@@ -25,6 +25,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 
+from ..atomic import write_text
 from ..errors import UserError
 
 #: What a run writes besides the finished model; `--overwrite` removes these.
@@ -40,19 +41,6 @@ class Checkpoint:
     model: dict[str, mx.array]
     optimizer: dict[str, mx.array]
     state: dict[str, Any]
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text`, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save(

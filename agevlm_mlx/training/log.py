@@ -8,7 +8,7 @@ from collections import deque
 from pathlib import Path
 from typing import IO, Any
 
-from .checkpoint import write_text
+from ..atomic import write_text
 
 
 class Metrics:

@@ -184,7 +184,7 @@ def test_a_writer_that_dies_at_any_write_leaves_a_store_that_continues(
 
     path = tmp_path / "broken"
     store = StoreWriter(path, META, shard_bytes=200)
-    monkeypatch.setattr(index.os, "replace", dying)
+    monkeypatch.setattr(os, "replace", dying)
 
     def add_all():
         for number in range(20):
@@ -381,7 +381,7 @@ def test_a_full_disk_is_reported_and_what_was_finished_stays(tmp_path, monkeypat
     def full(source, target):
         raise OSError(28, "No space left on device", str(target))
 
-    monkeypatch.setattr(index.os, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="No space left"):
         fill(tmp_path, range(9))
     monkeypatch.undo()
