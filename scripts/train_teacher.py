@@ -23,9 +23,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save
 
-from agevlm_mlx import errors
+from agevlm_mlx import atomic, errors
 from agevlm_mlx.data.painting import make_scene
-from agevlm_mlx.sam.index import write_atomic
 from agevlm_mlx.sam.targets import mask_iou
 from agevlm_mlx.sam.teacher import (
     CONFIG,
@@ -198,13 +197,13 @@ def write(folder: Path, sam: torch.nn.Module, about: dict) -> None:
     """The teacher's folder: float16 weights and the sizes to build the model with."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: t.half().contiguous() for name, t in sam.state_dict().items()}
-    write_atomic(folder / WEIGHTS, save(state, {"format": "pt"}))
+    atomic.write_bytes(folder / WEIGHTS, save(state, {"format": "pt"}))
     write_config(folder, {"architecture": asdict(ARCHITECTURE), **about})
 
 
 def write_config(folder: Path, values: dict) -> None:
     """Replace the folder's config.json."""
-    write_atomic(folder / CONFIG, (json.dumps(values, indent=2) + "\n").encode())
+    atomic.write_bytes(folder / CONFIG, (json.dumps(values, indent=2) + "\n").encode())
 
 
 def measure(folder: Path, scenes: int) -> dict[str, float]:
