@@ -16,15 +16,17 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tokenizer_utils import load as mlx_lm_load_tokenizer
-from mlx_lm.utils import save_model as write_shards
 
 from .config import ModelConfig, from_dict, read_json, to_dict
 from .data.image import Preprocessor
 from .errors import UserError
 from .models.agevlm import AgeVLM
+from .models.vision import fitted
 
 #: Where ``make demo`` leaves its model; preferred over the shipped one when it is there.
 DEMO_MODEL = Path("runs/demo/guided")
+#: Bytes of a weight file beyond which a checkpoint is split (as the hub's own tools do).
+MAX_SHARD = 5 << 30
 #: Parameters of the teacher's side (guidance and distillation heads): dropped from checkpoints.
 TEACHER_PREFIX = "sam_"
 
@@ -108,9 +110,78 @@ def read_weights(folder: Path) -> dict[str, mx.array]:
     return weights
 
 
-def assign(module: nn.Module, weights: Mapping[str, mx.array], where: object) -> None:
-    """Give `module` exactly these weights; ``UserError`` lists what is missing, extra or of
-    another shape."""
+_SAFETENSORS_DTYPES = {
+    mx.bool_: "BOOL",
+    mx.uint8: "U8",
+    mx.int8: "I8",
+    mx.uint16: "U16",
+    mx.int16: "I16",
+    mx.float16: "F16",
+    mx.bfloat16: "BF16",
+    mx.uint32: "U32",
+    mx.int32: "I32",
+    mx.float32: "F32",
+    mx.uint64: "U64",
+    mx.int64: "I64",
+}
+
+
+def write_safetensors(path: Path, weights: dict[str, mx.array]) -> None:
+    """Write one safetensors file, emptying `weights` on the way.
+
+    ``mx.save_safetensors`` evaluates everything first; here each array is evaluated, written
+    and let go before the next one, so that lazy arrays of any total size pass through the
+    memory of one.
+    """
+    # Wide types first keep every tensor aligned to its own size.
+    names = sorted(weights, key=lambda name: (-weights[name].itemsize, name))
+    header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
+    end = 0
+    for name in names:
+        array, start = weights[name], end
+        end += array.nbytes
+        header[name] = {
+            "dtype": _SAFETENSORS_DTYPES[array.dtype],
+            "shape": array.shape,
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            array = mx.contiguous(weights.pop(name)).reshape(-1)
+            if array.size:
+                file.write(memoryview(array.view(mx.uint8)))  # pyright: ignore[reportArgumentType]
+            del array
+            mx.clear_cache()
+
+
+def write_weights(folder: Path, weights: dict[str, mx.array], max_shard: int = MAX_SHARD) -> None:
+    """Write ``model.safetensors``, or shards of at most `max_shard` bytes, and their index;
+    `weights` is emptied on the way."""
+    shards: list[list[str]] = [[]]
+    room, total = max_shard, 0
+    for name, array in weights.items():
+        if shards[-1] and array.nbytes > room:
+            shards.append([])
+            room = max_shard
+        shards[-1].append(name)
+        room -= array.nbytes
+        total += array.nbytes
+    weight_map = {}
+    for i, names in enumerate(shards, 1):
+        file = "model.safetensors"
+        if len(shards) > 1:
+            file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        weight_map |= dict.fromkeys(names, file)
+        write_safetensors(folder / file, {name: weights.pop(name) for name in names})
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    _write_json(folder / "model.safetensors.index.json", index)
+
+
+def check_shapes(module: nn.Module, weights: Mapping[str, mx.array], where: object) -> None:
+    """``UserError`` lists what is missing, extra or of another shape than `module` has."""
     own = dict(tree_flatten(module.parameters()))
     problems = [f"missing {k}" for k in own if k not in weights]
     problems += [f"unexpected {k}" for k in weights if k not in own]
@@ -124,6 +195,11 @@ def assign(module: nn.Module, weights: Mapping[str, mx.array], where: object) ->
         raise UserError(
             f"{where}: weights of another architecture: {'; '.join(problems[:4])}{more}"
         )
+
+
+def assign(module: nn.Module, weights: Mapping[str, mx.array], where: object) -> None:
+    """Give `module` exactly these weights; ``UserError`` as `check_shapes` raises it."""
+    check_shapes(module, weights, where)
     module.load_weights(list(weights.items()))
 
 
@@ -176,7 +252,9 @@ def load_encoder(model: AgeVLM, source: str | Path) -> None:
     folder = shipped("encoder") if source == "shipped" else Path(source)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; expected one with model.safetensors")
-    assign(model.vision_tower, read_weights(folder), folder)
+    tower = model.vision_tower
+    weights = {name: fitted(tower, name, v) for name, v in read_weights(folder).items()}
+    assign(tower, weights, folder)
 
 
 def save_model(
@@ -201,7 +279,7 @@ def save_model(
         config["quantization_config"] = config["quantization"]
     aside = Path(tempfile.mkdtemp(dir=folder, prefix=".saving-"))
     try:
-        write_shards(aside, model)
+        write_weights(aside, dict(tree_flatten(model.parameters())))
         _write_json(aside / "preprocessor_config.json", preprocessor.to_dict())
         (aside / "README.md").write_text(card, encoding="utf-8")
         tokenizer.save_pretrained(str(aside))

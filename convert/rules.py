@@ -1,55 +1,84 @@
 """What happens to each key of a foreign checkpoint. Every key must match exactly one rule."""
 
+import dataclasses
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
 
 from agevlm_mlx.errors import UserError
+
+#: Keys that an error message lists before "and N more".
+_SHOWN = 8
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Keys that `pattern` matches in full are kept, or dropped for the reason `drop`."""
+    """What becomes of the keys that `pattern` matches in full.
+
+    Such a tensor gets the name `to` (with groups as in ``re.Match.expand``), after `change`;
+    or it is left out for the reason `drop`.
+    """
 
     pattern: str
+    to: str | None = None
+    change: Callable[[mx.array], mx.array] | None = None
     drop: str | None = None
 
-
-#: ``vision_config.model_type`` -> its rules.
-RULES: dict[str, tuple[Rule, ...]] = {
-    "siglip_vision_model": (
-        Rule(r"(vision_model\.)?embeddings\.(patch|position)_embedding\.(weight|bias)"),
-        Rule(r"(vision_model\.)?encoder\.layers\.\d+\..+\.(weight|bias)"),
-        Rule(r"(vision_model\.)?post_layernorm\.(weight|bias)"),
-        Rule(r"(vision_model\.)?head\..+", drop="pooling head"),
-        Rule(r"(vision_model\.)?embeddings\.position_ids", drop="index buffer"),
-        Rule(r"text_model\..+|logit_(scale|bias)", drop="text tower"),
-    ),
-}
+    def __post_init__(self) -> None:
+        if (self.to is None) == (self.drop is None):
+            raise ValueError(f"{self.pattern}: expected either a name or a reason to drop it")
 
 
-def sort_keys(keys: Iterable[str], rules: Iterable[Rule]) -> tuple[list[str], Counter[str]]:
-    """The keys to keep, and how many were dropped for which reason.
+def channels_last(kernel: mx.array) -> mx.array:
+    """A convolution kernel in MLX's order: [out in h w] -> [out h w in]."""
+    return kernel.transpose(0, 2, 3, 1)
 
-    ``UserError`` lists the keys that no rule matches, or more than one.
+
+def known_keys(config_class: type, table: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a foreign configuration that `config_class` has a field for. The others
+    (dropout, dtype, versions) do not change the forward pass."""
+    names = {field.name for field in dataclasses.fields(config_class)}
+    return {name: value for name, value in table.items() if name in names - {"model_type"}}
+
+
+def apply(
+    tensors: Mapping[str, mx.array], rules: Iterable[Rule], where: object
+) -> tuple[dict[str, mx.array], Counter[str]]:
+    """Our tensors (lazy, as the given ones are), and how many were left out for which reason.
+
+    ``UserError`` lists the keys that no rule matches, or more than one, and names that two
+    keys lead to.
     """
-    kept: list[str] = []
+    compiled = [(re.compile(rule.pattern), rule) for rule in rules]
+    ours: dict[str, mx.array] = {}
     dropped: Counter[str] = Counter()
     wrong: list[str] = []
-    rules = tuple(rules)
-    for key in keys:
-        matches = [rule for rule in rules if re.fullmatch(rule.pattern, key)]
+    for key, value in tensors.items():
+        matches = [(m, rule) for p, rule in compiled if (m := p.fullmatch(key))]
         if len(matches) != 1:
             wrong.append(f"{key} ({len(matches)} rules)")
-        elif matches[0].drop is None:
-            kept.append(key)
-        else:
-            dropped[matches[0].drop] += 1
+            continue
+        match, rule = matches[0]
+        if rule.to is None:
+            dropped[rule.drop or ""] += 1
+            continue
+        name = match.expand(rule.to)
+        if name in ours:
+            raise UserError(f"{where}: two keys name one tensor, {name}; the second is {key}")
+        try:
+            ours[name] = value if rule.change is None else rule.change(value)
+        except (ValueError, IndexError) as error:  # a kernel with other dimensions, for example
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"{where}: {key} of shape {value.shape}: {reason}") from None
     if wrong:
-        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
         raise UserError(
-            f"expected exactly one rule for every key, got: {', '.join(wrong[:8])}{more}; "
-            "this is another architecture than its config.json says"
+            f"{where}: expected exactly one rule for every key, got: "
+            f"{', '.join(wrong[:_SHOWN])}{more}; "
+            "this is another architecture than its config says"
         )
-    return kept, dropped
+    return ours, dropped

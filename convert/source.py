@@ -12,10 +12,22 @@ import mlx.core as mx
 
 from agevlm_mlx.config import read_json
 from agevlm_mlx.errors import UserError
+from agevlm_mlx.weights import write_safetensors
+
+#: Weight files in the order of preference: safetensors first, open_clip's own names last.
+WEIGHT_FILES = (
+    "model.safetensors",
+    "open_clip_model.safetensors",
+    "pytorch_model.bin",
+    "open_clip_pytorch_model.bin",
+)
 
 
-def locate(source: str) -> Path:
-    """The folder of a Hugging Face checkpoint: a path, or a hub id that is downloaded."""
+def locate(source: str, *more: str) -> Path:
+    """The folder of a checkpoint: a path, or a hub id that is downloaded.
+
+    more: patterns of the files wanted besides configs and weights.
+    """
     path = Path(source).expanduser()
     if path.is_dir():
         return path
@@ -25,10 +37,12 @@ def locate(source: str) -> Path:
         raise UserError(f"{path}: no such folder; pass a folder or a hub id like org/name")
     from huggingface_hub import snapshot_download
 
+    safe = ["*.json", "model*.safetensors", "open_clip_model.safetensors", *more]
+    pickled = ["*.json", "pytorch_model*.bin", "open_clip_pytorch_model.bin", *more]
     try:
-        folder = Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
+        folder = Path(snapshot_download(source, allow_patterns=safe))
         if not list(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(source, allow_patterns=["*.json", "*.bin"]))
+            folder = Path(snapshot_download(source, allow_patterns=pickled))
     except Exception as error:  # the hub's client raises a dozen kinds of its own
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
@@ -38,57 +52,92 @@ def locate(source: str) -> Path:
     return folder
 
 
-def read_tensors(folder: Path) -> dict[str, mx.array]:
-    """Every tensor of a folder: safetensors (one file or shards), else PyTorch ``.bin``."""
-    for stem, read in (("model.safetensors", _safetensors), ("pytorch_model.bin", _pickle)):
-        index = folder / f"{stem}.index.json"
-        if index.is_file():
-            names = sorted(set(read_json(index)["weight_map"].values()))
-        elif (folder / stem).is_file():
-            names = [stem]
-        else:
-            continue
+@contextmanager
+def open_tensors(path: Path) -> Iterator[dict[str, mx.array]]:
+    """Every tensor of a checkpoint, read from disk only when it is evaluated.
+
+    path: a folder with one of `WEIGHT_FILES` or its shards, or one weight file. PyTorch
+    pickles need torch, are read as tensors only, and go through a temporary safetensors file,
+    one shard at a time. Entries should be taken out of the dictionary as they are used, so
+    that memory never holds more than one of them.
+    """
+    with tempfile.TemporaryDirectory(prefix="agevlm-convert-") as scratch:
         tensors: dict[str, mx.array] = {}
-        for name in names:
-            path = folder / name
-            if Path(name).name != name or not path.is_file():
-                raise UserError(f"{path}: missing; the index names it, so the folder is incomplete")
-            for key, value in read(path).items():
+        for file in _weight_files(path):
+            part = file
+            if file.suffix != ".safetensors":
+                part = Path(scratch) / f"{file.name}.safetensors"
+                write_safetensors(part, _pickle(file))
+            for key, value in _safetensors(part, file).items():
                 if key in tensors:
-                    raise UserError(f"{path}: {key} is also in another shard")
+                    raise UserError(f"{file}: {key} is also in another shard")
                 tensors[key] = value
-        return tensors
-    raise UserError(f"{folder}: expected model.safetensors or pytorch_model.bin, found neither")
+        yield tensors
 
 
-def _safetensors(path: Path) -> dict[str, mx.array]:
+def _weight_files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    for name in WEIGHT_FILES:
+        index = path / f"{name}.index.json"
+        if index.is_file():
+            table = read_json(index)
+            if not isinstance(table, dict) or not isinstance(table.get("weight_map"), dict):
+                raise UserError(f"{index}: expected a weight_map of tensor names to files")
+            names = sorted(set(map(str, table["weight_map"].values())))
+            for shard in names:
+                if Path(shard).name != shard or not (path / shard).is_file():
+                    raise UserError(
+                        f"{path / shard}: missing; the index names it, so the folder is incomplete"
+                    )
+            return [path / shard for shard in names]
+        if (path / name).is_file():
+            return [path / name]
+    raise UserError(f"{path}: expected {' or '.join(WEIGHT_FILES)}, found none of them")
+
+
+def _safetensors(path: Path, original: Path) -> dict[str, mx.array]:
     try:
-        loaded = mx.load(str(path))
+        loaded = mx.load(str(path), format="safetensors")
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"{path}: not a readable safetensors file: {error}") from None
+        raise UserError(f"{original}: not a readable safetensors file: {error}") from None
     assert isinstance(loaded, dict)
     return loaded
 
 
-def _pickle(path: Path) -> dict[str, mx.array]:
-    """A PyTorch pickle, read as tensors only: anything else in it is refused unread."""
+def unpickle(path: Path) -> Any:
+    """What a PyTorch pickle holds, if that is tensors and plain containers alone; anything
+    that would run code is refused unread."""
     try:
         import torch
     except ImportError:
         raise UserError(
-            f"{path}: reading .bin needs torch; pip install torch, or take the safetensors file"
+            f"{path}: reading {path.suffix} needs torch; pip install torch, "
+            "or take the safetensors file"
         ) from None
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # a file of torch before 1.6 cannot be mapped
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip and torch errors alike: the file is not usable
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{path}: not a file of plain tensors: {reason}") from None
+
+
+def _pickle(path: Path) -> dict[str, mx.array]:
+    import torch
+
+    state = unpickle(path)
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]  # a training checkpoint of open_clip or timm
     if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
         raise UserError(f"{path}: expected a dictionary of tensors")
 
     def array(tensor: Any) -> mx.array:
+        tensor = tensor.detach().contiguous()
         if tensor.dtype == torch.bfloat16:  # numpy has none
-            return mx.array(tensor.contiguous().view(torch.int16).numpy()).view(mx.bfloat16)
+            return mx.array(tensor.view(torch.int16).numpy()).view(mx.bfloat16)
         return mx.array(tensor.numpy())
 
     return {str(key): array(value) for key, value in state.items()}

@@ -1,89 +1,174 @@
-"""Convert a Hugging Face vision tower (SigLIP) to this project's encoder weights.
+"""Convert a published vision tower to this project's encoder weights.
 
-Reads safetensors, or .bin as plain tensors only. The result is a folder with
-model.safetensors, config.json and preprocessor_config.json. A two-tower checkpoint gives its
-vision half.
+Reads Hugging Face, open_clip and timm checkpoints: safetensors, or PyTorch pickles as plain
+tensors only. The result is a folder with model.safetensors, config.json and
+preprocessor_config.json. A two-tower checkpoint gives its vision half.
 
-example:
+examples:
   agevlm-convert vision --hf-path google/siglip-base-patch16-224 --mlx-path siglip
+  agevlm-convert vision --hf-path openai/clip-vit-large-patch14-336 --mlx-path clip --dry-run
+  agevlm-convert vision --hf-path laion/CLIP-convnext_large_d_320.laion2B-s29B-b131K-ft \\
+    --image-size 512 --mlx-path convnext
 """
 
 import argparse
-import dataclasses
 import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
 from agevlm_mlx.config import from_dict, read_json
 from agevlm_mlx.data.image import Preprocessor
 from agevlm_mlx.errors import UserError
-from agevlm_mlx.models.vision import VISION_ENCODERS, build_encoder
-from agevlm_mlx.weights import assign
+from agevlm_mlx.models.vision import VISION_ENCODERS, build_encoder, fitted
+from agevlm_mlx.weights import check_shapes, write_weights
 
-from . import rules, source
+from . import pixels, rules, source
+from . import siglip
 
+
+@dataclass(frozen=True)
+class Foreign:
+    """How one architecture of other people's checkpoints becomes one of ours."""
+
+    #: Their configuration and its path -> our ``vision_config``, without ``model_type``.
+    config: Callable[[Mapping[str, Any], str], dict[str, Any]]
+    #: Our ``vision_config`` -> what happens to each of their keys.
+    rules: Callable[[Mapping[str, Any]], Sequence[rules.Rule]]
+    #: Our ``vision_config.model_type``.
+    model_type: str
+
+
+#: Their architecture -> ours. Hugging Face: ``model_type`` of config.json; timm and open_clip
+#: checkpoints: "timm" and "open_clip".
+FOREIGN: dict[str, Foreign] = {
+    "siglip_vision_model": Foreign(siglip.config, siglip.rules, "siglip_vision_model"),
+}
 #: Two-tower ``model_type`` -> the one of its vision half.
-_VISION_HALF = {"siglip": "siglip_vision_model"}
+_VISION_HALF = {
+    "clip": "clip_vision_model",
+    "siglip": "siglip_vision_model",
+    "siglip2": "siglip2_vision_model",
+    "sam": "sam_vision_model",
+}
+
+
+@dataclass
+class Converted:
+    """An encoder's weights (lazy, to be taken out one by one) and what belongs to them."""
+
+    weights: dict[str, mx.array]
+    config: dict[str, Any]
+    preprocessor: Preprocessor
+    #: Reason -> how many keys were left out for it.
+    dropped: Counter[str]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hf-path", required=True, help="folder or hub id of the checkpoint")
     parser.add_argument("--mlx-path", required=True, type=Path, help="folder to make")
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        help="pixels of a side of the input (default: the checkpoint's own); position embeddings "
+        "are interpolated",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's own")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, write nothing")
 
 
-def vision_config(config: dict[str, Any], where: str) -> dict[str, Any]:
-    """Our ``vision_config`` of a Hugging Face ``config.json``.
-
-    Keys that do not change the forward pass (dropout, dtype, versions) are left out.
-    """
-    kind = config.get("model_type")
-    if kind in _VISION_HALF:
-        kind, config = _VISION_HALF[kind], config.get("vision_config") or {}
-    if kind not in rules.RULES:
-        known = ", ".join([*_VISION_HALF, *rules.RULES])
-        raise UserError(f"{where}: expected model_type {known}; got {kind!r}")
-    config_class, _ = VISION_ENCODERS[kind]
-    names = {field.name for field in dataclasses.fields(config_class)}
-    table = {name: value for name, value in config.items() if name in names}
-    return dataclasses.asdict(from_dict(config_class, {**table, "model_type": kind}, where))
+DTYPES = ("float32", "float16", "bfloat16")
 
 
-def convert(folder: Path) -> tuple[Any, dict[str, Any], dict[str, int]]:
-    """The encoder of a Hugging Face folder, its config, and the numbers of keys left out."""
+def foreign_config(folder: Path) -> tuple[str, dict[str, Any], str]:
+    """Their architecture (a key of `FOREIGN`), its configuration and the file it is from."""
     path = folder / "config.json"
-    if not path.is_file():
-        raise UserError(f"{folder}: expected a Hugging Face checkpoint, found no config.json in it")
-    config = vision_config(read_json(path), str(path))
+    open_clip = folder / "open_clip_config.json"
+    table = read_json(path) if path.is_file() else {}
+    if not isinstance(table, dict):
+        raise UserError(f"{path}: expected a table, got {type(table).__name__}")
+    if "model_type" not in table and open_clip.is_file():
+        return "open_clip", read_json(open_clip), str(open_clip)
+    if "architecture" in table:
+        return "timm", table, str(path)
+    if not table:
+        raise UserError(
+            f"{folder}: expected a Hugging Face, open_clip or timm checkpoint, found no "
+            "config.json in it"
+        )
+    kind = table.get("model_type")
+    if kind in _VISION_HALF:
+        kind, table = _VISION_HALF[kind], table.get("vision_config") or {}
+    if kind not in FOREIGN:
+        known = ", ".join([*_VISION_HALF, *FOREIGN])
+        raise UserError(f"{path}: expected model_type {known}; got {kind!r}")
+    return kind, table, str(path)
+
+
+@contextmanager
+def open_encoder(
+    folder: Path, image_size: int | None = None, weights: Path | None = None
+) -> Iterator[Converted]:
+    """The encoder in a foreign checkpoint folder, its tensors read when they are evaluated.
+
+    image_size: another input size than the checkpoint's. weights: a file or folder with the
+    weights, when they lie elsewhere. ``UserError`` when anything does not fit.
+    """
+    kind, table, where = foreign_config(folder)
+    foreign = FOREIGN[kind]
+    config_class, _ = VISION_ENCODERS[foreign.model_type]
+    own = {**foreign.config(table, where), "model_type": foreign.model_type}
+    native = from_dict(config_class, own, where)
+    config = asdict(native)
+    preprocessor = pixels.read_preprocessing(folder, build_encoder(config).preprocessing)
+    if image_size is not None:
+        config["image_size"] = image_size
     encoder = build_encoder(config)
-    tensors = source.read_tensors(folder)
-    try:
-        kept, dropped = rules.sort_keys(tensors, rules.RULES[config["model_type"]])
-    except UserError as error:
-        raise UserError(f"{folder}: {error}") from None
-    weights = encoder.sanitize({key: tensors[key] for key in kept})
-    if len(weights) != len(kept):
-        raise UserError(f"{folder}: {len(kept)} keys became {len(weights)}; two name one tensor")
-    assign(encoder, weights, folder)
-    return encoder, config, dict(dropped)
+    preprocessor = replace(preprocessor, image_size=config["image_size"])
+    with source.open_tensors(weights or folder) as tensors:
+        ours, dropped = rules.apply(tensors, foreign.rules(config), folder)
+        tensors.clear()
+        for name in list(ours):
+            ours[name] = fitted(encoder, name, ours[name])
+        check_shapes(encoder, ours, folder)
+        yield Converted(ours, config, preprocessor, dropped)
 
 
 def run(args: argparse.Namespace) -> int:
     source.check_free(args.mlx_path)
-    encoder, config, dropped = convert(source.locate(args.hf_path))
-    weights = dict(tree_flatten(encoder.parameters()))
-    preprocessor = Preprocessor.from_dict(encoder.preprocessing, "preprocessing")
-    with source.new_folder(args.mlx_path) as folder:
-        mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
-        for name, table in (
-            ("config.json", config),
-            ("preprocessor_config.json", preprocessor.to_dict()),
-        ):
-            text = json.dumps(table, indent=2, sort_keys=True) + "\n"
-            (folder / name).write_text(text, encoding="utf-8")
-    size = sum(array.nbytes for array in weights.values())
-    left = "".join(f", left out {count} of its {what}" for what, count in dropped.items())
-    print(f"{args.mlx_path}: {len(weights)} tensors, {size / 1e6:.1f} MB{left}")
+    with open_encoder(source.locate(args.hf_path), args.image_size) as converted:
+        return save(converted, args)
+
+
+def save(converted: Converted, args: argparse.Namespace) -> int:
+    """Write an encoder folder, or with ``--dry-run`` say what it would be."""
+    weights = converted.weights
+    if args.dtype:
+        dtype = getattr(mx, args.dtype)
+        weights = {name: value.astype(dtype) for name, value in weights.items()}
+        converted.weights.clear()
+    count, size = len(weights), sum(array.nbytes for array in weights.values())
+    encoder = build_encoder(converted.config)
+    grid = "x".join(map(str, encoder.grid))
+    if not args.dry_run:
+        with source.new_folder(args.mlx_path) as folder:
+            write_weights(folder, weights)
+            for name, table in (
+                ("config.json", converted.config),
+                ("preprocessor_config.json", converted.preprocessor.to_dict()),
+            ):
+                text = json.dumps(table, indent=2, sort_keys=True) + "\n"
+                (folder / name).write_text(text, encoding="utf-8")
+    left = "".join(f"; left out {n} of its {what}" for what, n in converted.dropped.items())
+    would = " (dry run: nothing written)" if args.dry_run else ""
+    print(
+        f"{args.mlx_path}: {converted.config['model_type']}, {count} tensors, "
+        f"{size / 1e6:.1f} MB, {grid} tokens of width {encoder.width} from "
+        f"{converted.config['image_size']}x{converted.config['image_size']} pixels{left}{would}"
+    )
     return 0

@@ -1,5 +1,6 @@
 """Vision encoders. To add one: a file here with a config dataclass and a module that has
-``grid``, ``width``, ``preprocessing`` and ``__call__``, and one line in `VISION_ENCODERS`.
+``grid``, ``width``, ``preprocessing`` and ``__call__`` (and ``fitted`` when a parameter depends
+on the input's size), and one line in `VISION_ENCODERS`.
 """
 
 from collections.abc import Callable, Mapping
@@ -47,3 +48,13 @@ def build_encoder(config: Mapping[str, Any]) -> Any:
         )
     config_class, encoder = VISION_ENCODERS[kind]
     return encoder(from_dict(config_class, config, "vision_config"))
+
+
+def fitted(encoder: Any, name: str, value: mx.array) -> mx.array:
+    """The parameter `name`, made for another input size, as this encoder's size needs it.
+
+    Position embeddings are interpolated; a parameter that does not depend on the input's
+    size, or that has the right shape already, is returned as it is.
+    """
+    fit = getattr(encoder, "fitted", None)
+    return value if fit is None else fit(name, value)

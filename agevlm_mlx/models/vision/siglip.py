@@ -130,21 +130,3 @@ class SiglipEncoder(nn.Module):
         if pixels.shape[1:3] != (size, size):
             raise ValueError(f"expected {size}x{size} pixels, got {pixels.shape[1:3]}")
         return self.post_layernorm(self.encoder(self.embeddings(pixels)))
-
-    @staticmethod
-    def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """Our parameters from those of a Hugging Face checkpoint.
-
-        Takes the vision part of a two-tower checkpoint, drops the pooling head and puts
-        convolution kernels in MLX's order (out, height, width, in).
-        """
-        out = {}
-        for key, value in weights.items():
-            if key.startswith(("text_model.", "logit_")) or ".head." in f".{key}":
-                continue
-            if key.endswith("position_ids"):
-                continue
-            if key.endswith("patch_embedding.weight"):
-                value = value.transpose(0, 2, 3, 1)
-            out[key.removeprefix("vision_model.")] = value
-        return out
