@@ -13,7 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tokenizer_utils import load as mlx_lm_load_tokenizer
 
@@ -204,30 +204,48 @@ def assign(module: nn.Module, weights: Mapping[str, mx.array], where: object) ->
 
 
 def quantize(model: AgeVLM, settings: Mapping[str, Any], stored: Mapping[str, mx.array]) -> None:
-    """Replace the layers that `stored` holds quantised weights for."""
-    nn.quantize(
-        model,
-        group_size=settings["group_size"],
-        bits=settings["bits"],
-        class_predicate=lambda path, module: f"{path}.scales" in stored,
-    )
+    """Replace the layers that `stored` holds quantised weights for.
+
+    settings: the ``quantization`` table of ``config.json``, as mlx-lm writes it: ``group_size``,
+    ``bits`` and ``mode``, and under the path of a layer what is different there. ``UserError``
+    for settings that MLX has no such layers for.
+    """
+    common = {name: settings[name] for name in ("group_size", "bits", "mode") if name in settings}
+
+    def choose(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        if f"{path}.scales" not in stored or not hasattr(module, "to_quantized"):
+            return False
+        own = settings.get(path)
+        return dict(own if isinstance(own, Mapping) else common)
+
+    try:
+        nn.quantize(model, class_predicate=choose)
+    except (TypeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"quantization: expected group_size and bits as mlx-lm writes them: {reason}"
+        ) from None
 
 
-def load_tokenizer(folder: Path) -> TokenizerWrapper:
-    """mlx-lm's tokenizer of a folder, without transformers' remarks on our model type."""
+def load_tokenizer(folder: Path, eos_token_ids: list[int] | int | None = None) -> TokenizerWrapper:
+    """mlx-lm's tokenizer of a folder, without transformers' remarks on our model type.
+
+    eos_token_ids: all tokens that end an answer, when they are more than the tokenizer's own.
+    """
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        return mlx_lm_load_tokenizer(folder)
+        return mlx_lm_load_tokenizer(folder, eos_token_ids=eos_token_ids)
     finally:
         logging.set_verbosity(verbosity)
 
 
-def load(source: str | Path | None = None) -> Loaded:
+def load(source: str | Path | None = None, lazy: bool = False) -> Loaded:
     """Load a checkpoint folder or hub id; None takes the demo's model or the shipped one.
 
+    lazy: leave the weights on disk until they are evaluated (everything is checked all the same).
     Raises ``UserError`` when something is missing or belongs to another architecture.
     """
     folder = resolve(source)
@@ -238,13 +256,15 @@ def load(source: str | Path | None = None) -> Loaded:
         quantize(model, config.quantization, weights)
     assign(model, weights, folder)
     model.eval()
-    mx.eval(model.parameters())
+    if not lazy:
+        mx.eval(model.parameters())
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"{folder}: found no tokenizer.json; the checkpoint is incomplete")
     preprocessor = Preprocessor.from_dict(
         read_json(folder / "preprocessor_config.json"), str(folder / "preprocessor_config.json")
     )
-    return Loaded(model, load_tokenizer(folder), preprocessor, folder)
+    ends = config.text_config.get("eos_token_id")
+    return Loaded(model, load_tokenizer(folder, ends), preprocessor, folder)
 
 
 def load_encoder(model: AgeVLM, source: str | Path) -> None:
@@ -265,8 +285,12 @@ def save_model(
     card: str,
     *,
     quantization: Mapping[str, Any] | None = None,
+    donate: bool = False,
 ) -> None:
     """Write a checkpoint folder that `load` reads.
+
+    donate: `model` is not needed any more: its arrays are let go one by one as they are
+    written, so that a lazily loaded model never is in memory as a whole.
 
     Files are written aside, synced and moved into place, ``config.json`` last, so that an
     interrupted save never leaves a folder that looks whole.
@@ -279,7 +303,10 @@ def save_model(
         config["quantization_config"] = config["quantization"]
     aside = Path(tempfile.mkdtemp(dir=folder, prefix=".saving-"))
     try:
-        write_weights(aside, dict(tree_flatten(model.parameters())))
+        parameters = dict(tree_flatten(model.parameters()))
+        if donate:
+            model.update(tree_map(lambda _: mx.array(0), model.parameters()))
+        write_weights(aside, parameters)
         _write_json(aside / "preprocessor_config.json", preprocessor.to_dict())
         (aside / "README.md").write_text(card, encoding="utf-8")
         tokenizer.save_pretrained(str(aside))

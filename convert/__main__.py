@@ -5,13 +5,24 @@ import sys
 
 from agevlm_mlx.errors import command
 
-from . import quantize, verify, vision
+from . import assemble, export, quantize, sam, verify, vision
 
-_COMMANDS = {"vision": vision, "quantize": quantize, "verify": verify}
+_COMMANDS = {
+    "assemble": assemble,
+    "vision": vision,
+    "sam": sam,
+    "quantize": quantize,
+    "export": export,
+    "verify": verify,
+}
 
 _EXAMPLES = """examples:
+  agevlm-convert assemble --lm HuggingFaceTB/SmolLM2-360M-Instruct \\
+    --vision google/siglip-base-patch16-224 --mlx-path smol-siglip
   agevlm-convert vision --hf-path google/siglip-base-patch16-224 --mlx-path siglip
+  agevlm-convert sam --checkpoint sam_vit_b_01ec64.pth --mlx-path sam-vit-b
   agevlm-convert quantize --model runs/demo/guided --mlx-path guided-8bit --q-bits 8
+  agevlm-convert export --to mlx-vlm --model runs/demo/guided --mlx-path guided-mlx-vlm
   agevlm-convert verify runs/demo/guided guided-copy
 """
 

@@ -105,6 +105,15 @@ def _safetensors(path: Path, original: Path) -> dict[str, mx.array]:
     return loaded
 
 
+def metadata(path: Path) -> dict[str, str]:
+    """The ``__metadata__`` of a safetensors file: ``{"format": "mlx"}`` for MLX's layout."""
+    try:
+        _, table = mx.load(str(path), format="safetensors", return_metadata=True)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{path}: not a readable safetensors file: {error}") from None
+    return dict(table)
+
+
 def unpickle(path: Path) -> Any:
     """What a PyTorch pickle holds, if that is tensors and plain containers alone; anything
     that would run code is refused unread."""
@@ -167,3 +176,9 @@ def check_free(path: Path) -> None:
     """``UserError`` unless `path` is absent or an empty folder."""
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise UserError(f"{path}: already there; pass another --mlx-path or remove it")
+
+
+def read_card(folder: Path) -> str:
+    """The model card of a checkpoint folder, or a title when it has none."""
+    path = folder / "README.md"
+    return path.read_text(encoding="utf-8").rstrip() if path.is_file() else "# AgeVLM model"

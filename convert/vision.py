@@ -26,10 +26,10 @@ from agevlm_mlx.config import from_dict, read_json
 from agevlm_mlx.data.image import Preprocessor
 from agevlm_mlx.errors import UserError
 from agevlm_mlx.models.vision import VISION_ENCODERS, build_encoder, fitted
-from agevlm_mlx.weights import check_shapes, write_weights
+from agevlm_mlx.weights import check_shapes, read_weights, shipped, write_weights
 
 from . import pixels, rules, source
-from . import siglip
+from . import clip, convnext, sam_weights, siglip
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,14 @@ class Foreign:
 #: Their architecture -> ours. Hugging Face: ``model_type`` of config.json; timm and open_clip
 #: checkpoints: "timm" and "open_clip".
 FOREIGN: dict[str, Foreign] = {
+    "clip_vision_model": Foreign(clip.config, clip.rules, "clip_vision_model"),
+    "timm": Foreign(convnext.timm_config, convnext.rules, "convnext_clip"),
+    "open_clip": Foreign(convnext.open_clip_config, convnext.rules, "convnext_clip"),
     "siglip_vision_model": Foreign(siglip.config, siglip.rules, "siglip_vision_model"),
+    "siglip2_vision_model": Foreign(
+        siglip.naflex_config, siglip.naflex_rules, "siglip2_vision_model"
+    ),
+    "sam_vision_model": Foreign(sam_weights.config, sam_weights.rules, "sam_vision_model"),
 }
 #: Two-tower ``model_type`` -> the one of its vision half.
 _VISION_HALF = {
@@ -71,6 +78,11 @@ class Converted:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hf-path", required=True, help="folder or hub id of the checkpoint")
+    add_output_arguments(parser)
+
+
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `save` and `open_encoder` take."""
     parser.add_argument("--mlx-path", required=True, type=Path, help="folder to make")
     parser.add_argument(
         "--image-size",
@@ -126,22 +138,78 @@ def open_encoder(
     native = from_dict(config_class, own, where)
     config = asdict(native)
     preprocessor = pixels.read_preprocessing(folder, build_encoder(config).preprocessing)
-    if image_size is not None:
-        config["image_size"] = image_size
-    encoder = build_encoder(config)
+    encoder = _resized(config, image_size)
     preprocessor = replace(preprocessor, image_size=config["image_size"])
     with source.open_tensors(weights or folder) as tensors:
-        ours, dropped = rules.apply(tensors, foreign.rules(config), folder)
-        tensors.clear()
-        for name in list(ours):
-            ours[name] = fitted(encoder, name, ours[name])
-        check_shapes(encoder, ours, folder)
+        ours, dropped = renamed(tensors, foreign.rules(config), encoder, folder)
         yield Converted(ours, config, preprocessor, dropped)
+
+
+def renamed(
+    tensors: dict[str, mx.array], its_rules: Sequence[rules.Rule], encoder: Any, where: object
+) -> tuple[dict[str, mx.array], Counter[str]]:
+    """A checkpoint's tensors as `encoder` has them, and what was left out (`rules.apply`);
+    `tensors` is emptied, so that memory holds each of them once."""
+    ours, dropped = rules.apply(tensors, its_rules, where)
+    tensors.clear()
+    for name in list(ours):
+        ours[name] = fitted(encoder, name, ours[name])
+    check_shapes(encoder, ours, where)
+    return ours, dropped
+
+
+def _resized(config: dict[str, Any], image_size: int | None) -> Any:
+    """The encoder of `config`, which gets the wanted input size, if one is."""
+    if image_size is not None:
+        unit = config.get("patch_size", 1)
+        if image_size < 1 or image_size % unit:
+            raise UserError(f"--image-size: expected a multiple of {unit}, got {image_size}")
+        config["image_size"] = image_size
+    return build_encoder(config)
+
+
+@contextmanager
+def open_vision(where: str, image_size: int | None = None) -> Iterator[Converted]:
+    """The same for what a user names: a hub id, a foreign folder, a folder that `save` made,
+    or "shipped"."""
+    folder = shipped("encoder") if where == "shipped" else source.locate(where)
+    path = folder / "config.json"
+    table = read_json(path) if path.is_file() else {}
+    if where == "shipped":
+        table = table["vision_config"]
+    elif not (
+        isinstance(table, dict)
+        and table.get("model_type") in VISION_ENCODERS
+        and (folder / "preprocessor_config.json").is_file()
+        and _is_ours(folder)
+    ):
+        with open_encoder(folder, image_size) as converted:
+            yield converted
+        return
+    config_class, _ = VISION_ENCODERS[table["model_type"]]
+    config = asdict(from_dict(config_class, table, str(path)))
+    encoder = _resized(config, image_size)
+    stored = folder / "preprocessor_config.json"
+    settings = read_json(stored) if stored.is_file() else encoder.preprocessing
+    preprocessor = Preprocessor.from_dict(settings, str(stored))
+    preprocessor = replace(preprocessor, image_size=config["image_size"])
+    weights = {k: fitted(encoder, k, v) for k, v in read_weights(folder).items()}
+    check_shapes(encoder, weights, folder)
+    yield Converted(weights, config, preprocessor, Counter())
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether an encoder folder is in MLX's layout: its weight file says so, as the hub's MLX
+    checkpoints do. Hugging Face's own files have the same config and names."""
+    file = folder / "model.safetensors"
+    if not file.is_file():
+        return False
+    return source.metadata(file).get("format") == "mlx"
 
 
 def run(args: argparse.Namespace) -> int:
     source.check_free(args.mlx_path)
-    with open_encoder(source.locate(args.hf_path), args.image_size) as converted:
+    with open_vision(args.hf_path, args.image_size) as converted:
         return save(converted, args)
 
 

@@ -130,15 +130,14 @@ class Batches:
             self.flip and bool(self._rng(step, slot, 0).random() < 0.5)
             for slot in range(self.batch_size)
         ]
-        pixels = np.stack([p[:, ::-1] if f else p for (p, _), f in zip(seen, flips, strict=True)])
+        pixels = [self.preprocessor.normalise(*looked) for looked in seen]
+        pixels = np.stack([p[:, ::-1] if f else p for p, f in zip(pixels, flips, strict=True)])
         drawn: list[str] = []
         groups = tuple(
             self._group(step, g, images, [geometry for _, geometry in seen], flips, drawn)
             for g in range(len(self.groups))
         )
-        return Batch(
-            self.preprocessor.normalise(pixels), groups, self._features(images, flips), drawn, step
-        )
+        return Batch(pixels, groups, self._features(images, flips), drawn, step)
 
     def _rng(self, *key: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, *key])

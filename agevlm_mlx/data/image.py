@@ -133,6 +133,13 @@ class Geometry:
         wide, high = self.width * self.scale_x, self.height * self.scale_y
         return min(wide / self.image_size, 1) * min(high / self.image_size, 1)
 
+    @property
+    def shown(self) -> tuple[int, int, int, int]:
+        """x0 y0 x1 y1, whole input px: the part of the input that shows the picture."""
+        (corners,) = self.input_boxes(np.array([[0, 0, self.width, self.height]]))
+        x0, y0, x1, y1 = (round(corner) for corner in corners)
+        return x0, y0, x1, y1
+
     def to_input(self, points: np.ndarray) -> np.ndarray:
         """[n 2] x, y in the picture -> the same in the model's input."""
         scale, offset = (self.scale_x, self.scale_y), (self.offset_x, self.offset_y)
@@ -182,22 +189,38 @@ class Geometry:
 class Preprocessor:
     """The pixels a vision encoder was trained with (``preprocessor_config.json``).
 
-    resize: ``pad`` fits the longer side and centres the picture on the mean colour, ``crop``
-    fits the shorter side and cuts the centre, ``stretch`` ignores the aspect ratio.
+    resize: ``pad`` fits the longer side and pads the rest, ``crop`` fits the shorter side and
+    cuts the rest, ``stretch`` ignores the aspect ratio.
+
+    convention: whose rounding to whole pixels and whose placing. ``agevlm`` centres and rounds
+    sides half up; ``transformers`` and ``torchvision`` (which open_clip and timm use) centre too,
+    but cut decimals off the longer side of a crop and round the rest in ways of their own;
+    ``sam`` rounds sides half up and puts the picture into the top left corner.
+
+    crop_pct: the picture is resized to floor(image_size / crop_pct), of which the middle
+    image_size remains (timm).
+
+    fill: what padding shows. ``mean`` is the mean colour rounded to 8 bits, ``black`` is 0 before
+    and ``zero`` 0 after normalisation.
     """
 
     image_size: int = 64
     resize: Literal["pad", "crop", "stretch"] = "pad"
-    resample: Literal["bilinear", "bicubic"] = "bilinear"
+    resample: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
+    convention: Literal["agevlm", "transformers", "torchvision", "sam"] = "agevlm"
+    crop_pct: float = 1.0
+    fill: Literal["mean", "black", "zero"] = "mean"
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
     def __post_init__(self) -> None:
-        if self.image_size < 1 or min(self.image_std) <= 0:
+        if self.image_size < 1 or not min(self.image_std) > 0:
             raise UserError(
                 "preprocessor: expected image_size >= 1 and image_std > 0, got "
                 f"{self.image_size} and {list(self.image_std)}"
             )
+        if not 0 < self.crop_pct <= 1:
+            raise UserError(f"preprocessor: expected crop_pct in (0, 1], got {self.crop_pct}")
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str = "preprocessor") -> "Preprocessor":
@@ -211,49 +234,77 @@ class Preprocessor:
     def fingerprint(self) -> str:
         """Changes whenever masks would fall on other cells; colours do not matter for that."""
         key = f"{self.image_size} {self.resize}"
+        # What these two say by default goes without saying: stores were made before them.
+        if self.convention != "agevlm":
+            key += f" {self.convention}"
+        if self.crop_pct != 1:
+            key += f" {self.crop_pct}"
         return hashlib.sha256(key.encode()).hexdigest()[:16]
 
     def geometry(self, width: int, height: int) -> Geometry:
         """Where the pixels of a width x height picture go."""
-        size = self.image_size
-        if self.resize == "stretch":
-            return Geometry(width, height, size, size / width, size / height, 0.0, 0.0)
-        fit = (min if self.resize == "pad" else max)(size / width, size / height)
         # Whole pixels, as PIL resizes to them; the exact scale follows from the rounding.
-        new = [max(1, math.floor(side * fit + 0.5)) for side in (width, height)]
-        if self.resize == "crop":
-            new = [max(size, side) for side in new]
-        offsets = [math.floor((size - side) / 2) for side in new]
-        return Geometry(
-            width, height, size, new[0] / width, new[1] / height, offsets[0], offsets[1]
-        )
+        new = self._resized_size(width, height)
+        x, y = (self._offset(self.image_size - side) for side in new)
+        return Geometry(width, height, self.image_size, new[0] / width, new[1] / height, x, y)
+
+    def _resized_size(self, width: int, height: int) -> tuple[int, int]:
+        fitted = math.floor(self.image_size / self.crop_pct)
+        if self.resize == "stretch":
+            return fitted, fitted
+        reference = (max if self.resize == "pad" else min)(width, height)
+
+        def new(side: int) -> int:
+            if side == reference:
+                return fitted
+            if self.convention == "torchvision" and self.resize == "pad":
+                # Divided in this order and rounded half to even, as timm and open_clip do.
+                return max(1, round(side / (reference / fitted)))
+            if self.convention in ("transformers", "torchvision"):
+                return max(1, fitted * side // reference)
+            return max(1, math.floor(side * (fitted / reference) + 0.5))
+
+        return new(width), new(height)
+
+    def _offset(self, gap: int) -> int:
+        """Of the picture in the input, where it is `gap` px narrower (negative: wider)."""
+        if self.convention == "sam":
+            return 0
+        if self.convention == "transformers":
+            return int(gap / 2)  # towards zero
+        if self.convention == "torchvision" and gap < 0:
+            return round(gap / 2)  # half to even
+        return math.floor(gap / 2)
 
     def __call__(self, image: Image.Image) -> tuple[np.ndarray, Geometry]:
         """An RGB image -> normalised pixels f32 [Hi Wi 3], and their geometry."""
         squeezed, geometry = self.resized(image)
-        return self.normalise(np.asarray(squeezed)), geometry
+        return self.normalise(np.asarray(squeezed), geometry), geometry
 
-    def normalise(self, values: np.ndarray) -> np.ndarray:
-        """uint8 [... 3] input pixels -> f32, as the call does."""
+    def normalise(self, values: np.ndarray, geometry: Geometry) -> np.ndarray:
+        """uint8 [Hi Wi 3] input pixels and their geometry -> f32, as the call does."""
         mean, std = (np.array(v, np.float32) for v in (self.image_mean, self.image_std))
-        return (values.astype(np.float32) / 255 - mean) / std
+        pixels = (values.astype(np.float32) / 255 - mean) / std
+        if self.fill == "zero":
+            x0, y0, x1, y1 = geometry.shown
+            shown = pixels[y0:y1, x0:x1]
+            pixels = np.zeros_like(pixels)
+            pixels[y0:y1, x0:x1] = shown
+        return pixels
 
     def resized(self, image: Image.Image) -> tuple[Image.Image, Geometry]:
         """The RGB image in the input's size, before normalisation."""
         size, geometry = self.image_size, self.geometry(*image.size)
-        new = round(image.width * geometry.scale_x), round(image.height * geometry.scale_y)
+        new = self._resized_size(*image.size)
         if new[0] * new[1] > MAX_PIXELS:  # the whole strip of which a crop keeps the middle
             raise UserError(
                 f"image: {image.width}x{image.height} is too long and thin to crop to a square; "
                 'cut it first, or use a model with resize = "pad"'
             )
-        resample = (
-            Image.Resampling.BILINEAR if self.resample == "bilinear" else Image.Resampling.BICUBIC
-        )
-        squeezed = image.resize(new, resample)
+        squeezed = image.resize(new, Image.Resampling[self.resample.upper()])
         if new == (size, size):
             return squeezed, geometry
-        fill = tuple(round(255 * m) for m in self.image_mean)
-        canvas = Image.new("RGB", (size, size), fill)
+        means = self.image_mean if self.fill != "black" else (0.0, 0.0, 0.0)
+        canvas = Image.new("RGB", (size, size), tuple(round(255 * m) for m in means))
         canvas.paste(squeezed, (int(geometry.offset_x), int(geometry.offset_y)))
         return canvas, geometry

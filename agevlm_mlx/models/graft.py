@@ -60,22 +60,33 @@ def language_model_width(lm: Any) -> int:
     return lm.args.hidden_size
 
 
+def _why_not(lm: Any, layers: Any) -> str | None:
+    """The reason why `lm` cannot look at images, or None."""
+    if hasattr(lm, "language_model"):
+        return "it wraps a text model; take a text-only checkpoint of the same family"
+    if not layers or not hasattr(lm, "model"):
+        return "expected an mlx-lm model with .model and .layers"
+    for name in ("hidden_size", "num_attention_heads"):
+        if not hasattr(getattr(lm, "args", None), name):
+            return f"its ModelArgs in mlx-lm have no {name}"
+    for layer in layers:
+        if "cache" not in inspect.signature(type(layer).__call__).parameters:
+            return f"its {type(layer).__name__} is called without a cache, where an image is kept"
+    return None
+
+
 def graft(lm: Any, config: FusionConfig) -> tuple[int, ...]:
     """Make `lm` look at images, in place; returns the layers that do."""
     layers = getattr(lm, "layers", None)
-    if (
-        not layers
-        or not hasattr(lm, "model")
-        or not hasattr(getattr(lm, "args", None), "hidden_size")
-    ):
-        raise UserError(
-            f"text_config.model_type: {type(lm).__module__.rpartition('.')[2]} cannot be grafted; "
-            "expected an mlx-lm model with .model, .layers and args.hidden_size"
-        )
+    kind = type(lm).__module__.rpartition(".")[2]
+    reason = _why_not(lm, layers)
+    if reason:
+        raise UserError(f"text_config.model_type: {kind} cannot be grafted: {reason}")
+    assert layers is not None
     if config.fusion == "concat":
         if "input_embeddings" not in inspect.signature(type(lm.model).__call__).parameters:
             raise UserError(
-                f"fusion_config.fusion: {type(lm).__module__.rpartition('.')[2]} takes no "
+                f"fusion_config.fusion: {kind} takes no "
                 "input_embeddings in mlx-lm, which 'concat' needs; use 'cross'"
             )
         _tap_self_attention(type(lm).__module__)

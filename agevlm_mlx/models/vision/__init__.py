@@ -11,7 +11,7 @@ import mlx.nn as nn
 
 from ...config import from_dict
 from ...errors import UserError
-from . import siglip, vit
+from . import clip, convnext, sam, siglip, vit
 
 
 class VisionEncoder(Protocol):
@@ -35,7 +35,11 @@ class VisionEncoder(Protocol):
 #: ``vision_config.model_type`` -> (config class, module class)
 VISION_ENCODERS: dict[str, tuple[type, Callable[[Any], nn.Module]]] = {
     "agevlm_vit": (vit.VitConfig, vit.VitEncoder),
+    "convnext_clip": (convnext.ConvNextConfig, convnext.ConvNextEncoder),
     "siglip_vision_model": (siglip.SiglipConfig, siglip.SiglipEncoder),
+    "siglip2_vision_model": (siglip.Siglip2Config, siglip.SiglipEncoder),
+    "clip_vision_model": (clip.ClipConfig, clip.ClipEncoder),
+    "sam_vision_model": (sam.SamConfig, sam.SamEncoder),
 }
 
 

@@ -1,0 +1,227 @@
+"""Join a published vision encoder and a published language model into one AgeVLM.
+
+The cross-attention and the projector are new and random: the gates are closed, so the model
+writes what the language model would, until `agevlm train` opens them. On Linux without a GPU
+take --dtype float32.
+
+examples:
+  agevlm-convert assemble --lm HuggingFaceTB/SmolLM2-360M-Instruct \\
+    --vision google/siglip-base-patch16-224 --mlx-path smol-siglip
+  agevlm-convert assemble --lm meta-llama/Llama-3.2-1B-Instruct --cross-layers 2,6,10,14 \\
+    --vision laion/CLIP-convnext_base_w-laion2B-s13B-b82K --image-size 512 --mlx-path llama-convnext
+  agevlm-convert assemble --lm SmolLM2-135M-Instruct.Q8_0.gguf --vision siglip --mlx-path out --dry-run
+  agevlm-convert assemble --lm Qwen/Qwen3-0.6B --vision shipped -q --q-bits 4 --mlx-path out
+"""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from agevlm_mlx.config import FusionConfig, ModelConfig
+from agevlm_mlx.errors import UserError
+from agevlm_mlx.models.agevlm import AgeVLM
+from agevlm_mlx.models.projector import PROJECTORS
+from agevlm_mlx.weights import check_shapes, quantize, save_model
+
+from . import source, vision
+from .language_model import LanguageModel, open_language_model, parameters
+
+#: For a language model that was never taught to converse: plain words, no special tokens
+#: but the one that ends a text.
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ message['role'] | upper + ': ' + message['content'] }}"
+    "{{ eos_token if message['role'] == 'assistant' else '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--lm", required=True, help="hub id, folder or .gguf file")
+    parser.add_argument(
+        "--vision",
+        required=True,
+        help="hub id, folder (also one that `agevlm-convert vision` made), or 'shipped' for the "
+        "small encoder of the embedded example",
+    )
+    parser.add_argument("--mlx-path", required=True, type=Path, help="folder to make")
+    parser.add_argument("--fusion", choices=("cross", "concat"), default="cross")
+    parser.add_argument(
+        "--cross-layers",
+        help="decoder layers, from 0, that a cross-attention block precedes, for example "
+        "2,6,10,14 (default: four, spread evenly)",
+    )
+    parser.add_argument("--projector", choices=tuple(PROJECTORS), default="mlp", help="(mlp)")
+    parser.add_argument("--gated-mlp", action="store_true", help="a gated MLP in each block, too")
+    parser.add_argument("--image-size", type=int, help="pixels of a side (the encoder's own)")
+    parser.add_argument("--dtype", choices=vision.DTYPES, help="default: the language model's own")
+    parser.add_argument("--seed", type=int, default=0, help="of the new parameters (0)")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, write nothing")
+    parser.add_argument("-q", "--quantize", action="store_true", help="quantise the language model")
+
+
+def fusion_config(args: argparse.Namespace) -> FusionConfig:
+    layers = None
+    if args.cross_layers is not None:
+        try:
+            layers = tuple(int(part) for part in args.cross_layers.split(","))
+        except ValueError:
+            raise UserError(
+                f"--cross-layers: expected numbers like 2,6,10,14, got {args.cross_layers!r}"
+            ) from None
+        if args.fusion == "concat":
+            raise UserError("--cross-layers: --fusion concat has no cross-attention; leave it out")
+    return FusionConfig(
+        fusion=args.fusion, layers=layers, projector=args.projector, gated_mlp=args.gated_mlp
+    )
+
+
+def assemble(
+    lm: LanguageModel, encoder: vision.Converted, fusion: FusionConfig, dtype: mx.Dtype
+) -> AgeVLM:
+    """The joined model, every parameter lazy; the two parts' dictionaries are emptied.
+
+    The new parameters come from ``mx.random``'s state. ``UserError`` when the parts do not fit.
+    """
+    prefix = "language_model."
+    quantization = {
+        name if name in ("group_size", "bits", "mode") else prefix + name: value
+        for name, value in (lm.quantization or {}).items()
+    }
+    config = ModelConfig(
+        text_config=lm.text_config,
+        vision_config=encoder.config,
+        fusion_config=fusion,
+        quantization=quantization or None,
+    )
+    model = AgeVLM(config)
+    weights = {prefix + name: value for name, value in lm.weights.items()}
+    weights |= {f"vision_tower.{name}": value for name, value in encoder.weights.items()}
+    lm.weights.clear()
+    encoder.weights.clear()
+    if quantization:
+        quantize(model, quantization, weights)
+    new = {k: v for k, v in parameters(model).items() if k not in weights}
+    strange = [k for k in new if ".cross_attn." not in k and not k.startswith("multi_modal_")]
+    if strange:  # an encoder or language model is checked before: a name we did not expect
+        raise UserError(f"missing {', '.join(strange[:4])}")
+    weights |= new
+    check_shapes(model, weights, "the parts")
+    model.load_weights(
+        [
+            (name, value.astype(dtype) if mx.issubdtype(value.dtype, mx.floating) else value)
+            for name, value in weights.items()
+        ]
+    )
+    return model
+
+
+def run(args: argparse.Namespace) -> int:
+    fusion = fusion_config(args)
+    source.check_free(args.mlx_path)
+    with (
+        open_language_model(args.lm) as lm,
+        vision.open_vision(args.vision, args.image_size) as encoder,
+    ):
+        if args.quantize and lm.quantization:
+            raise UserError(f"{args.lm}: is quantised already; leave -q out")
+        notes = []
+        if getattr(lm.tokenizer, "chat_template", None) is None:
+            lm.tokenizer.chat_template = PLAIN_TEMPLATE
+            notes.append("the language model has no chat template: USER: and ASSISTANT: it is")
+        dtype = getattr(mx, args.dtype) if args.dtype else lm.dtype
+        mx.random.seed(args.seed)
+        preprocessor = encoder.preprocessor
+        model = assemble(lm, encoder, fusion, dtype)
+        sizes = _sizes(model)
+        settings = None
+        if args.quantize:
+            from .quantize import quantize_model
+
+            settings = quantize_model(model, args.q_bits, args.q_group_size, args.q_recipe)
+        total = sum(value.nbytes for value in parameters(model).values())
+        summary = _summary(model, sizes, dtype)
+        if not args.dry_run:
+            with source.new_folder(args.mlx_path) as folder:
+                save_model(
+                    folder,
+                    model,
+                    lm.tokenizer,
+                    preprocessor,
+                    card(args, summary),
+                    quantization=settings,
+                    donate=True,
+                )
+    for line in [*summary, *notes]:
+        print(line)
+    would = " would be written (dry run)" if args.dry_run else ""
+    print(f"{args.mlx_path}: {_bytes(total)}{would}")
+    return 0
+
+
+def _sizes(model: AgeVLM) -> Mapping[str, int]:
+    """Number of parameters of each part."""
+    sizes = {"vision encoder": 0, "language model": 0, "projector": 0, "cross-attention": 0}
+    for name, value in parameters(model).items():
+        part = (
+            "cross-attention"
+            if ".cross_attn." in name
+            else "vision encoder"
+            if name.startswith("vision_tower.")
+            else "projector"
+            if name.startswith("multi_modal_projector.")
+            else "language model"
+        )
+        sizes[part] += value.size
+    return sizes
+
+
+def _summary(model: AgeVLM, sizes: Mapping[str, int], dtype: mx.Dtype) -> list[str]:
+    (Gh, Gw), config = model.grid, model.config
+    side = config.vision_config["image_size"]
+    lines = [
+        f"{config.vision_config['model_type']}, {side}x{side} pixels: "
+        f"{_count(sizes['vision encoder'])}, {Gh}x{Gw} tokens",
+        f"{config.text_config['model_type']}, {len(model.layers)} layers: "
+        f"{_count(sizes['language model'])}",
+    ]
+    if model.fusion == "cross":
+        layers = ", ".join(map(str, model.looking_layers))
+        block = model.layers[model.looking_layers[0]].cross_attn
+        keys = len(model.looking_layers) * (Gh * Gw + block.null_slots)
+        image = 2 * keys * block.n_kv_heads * block.head_dim * dtype.size
+        lines.append(
+            f"cross-attention before layers {layers}: {_count(sizes['cross-attention'])}, new; "
+            f"an image takes {_bytes(image)}, whatever the length of the text"
+        )
+    lines.append(f"projector: {_count(sizes['projector'])}, new")
+    return lines
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e6:.1f} M parameters"
+
+
+def _bytes(number: int) -> str:
+    return f"{number / 1e9:.2f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"
+
+
+def card(args: argparse.Namespace, summary: list[str]) -> str:
+    """The model card: what it was made of, and that it has not been taught to look yet."""
+    bases = [name for name in (args.lm, args.vision) if not Path(name).expanduser().exists()]
+    front = ["library_name: mlx", "pipeline_tag: image-text-to-text", "tags:", "- mlx", "- agevlm"]
+    hub = [name for name in bases if name != "shipped"]
+    if hub:
+        front += ["base_model:", *(f"- {name}" for name in hub)]
+    parts = "\n".join(f"- {line}" for line in summary)
+    return (
+        "---\n" + "\n".join(front) + "\n---\n# AgeVLM, not trained yet\n\n"
+        f"`{Path(args.lm).name}` and `{Path(args.vision).name}`, joined by agevlm-mlx:\n\n"
+        f"{parts}\n\nThe projector and the cross-attention are random and the gates closed: "
+        "it answers as the language model alone would, until it is trained "
+        "(`agevlm train`).\n\nThe licences of both parts apply.\n"
+    )
