@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.data is None:
         parser.error("--data is required (or --verify, or --merge)")
     jobs = _jobs(args)
-    preprocessor, grid = _student(args)
+    preprocessor, grid = student(args)
     make = MakeLabeller(
         args.checkpoint, args.model_type, args.device, preprocessor, grid, args.features
     )
@@ -109,14 +109,14 @@ def teach(
         prompt=prompt,
     )
     if dry_run:
-        _forecast(jobs, meta)
+        forecast(jobs, meta)
         print("dry run: nothing written")
         return 0
     with StoreWriter(out, meta) as writer:
-        todo = _unfinished(jobs, writer)
+        todo = unfinished(jobs, writer)
         if len(todo) < len(jobs):
             print(f"{out}: {len(jobs) - len(todo)} of {len(jobs)} images are done already")
-        _forecast(todo, meta)
+        forecast(todo, meta)
         count = 1 if labeller else _workers(workers, teacher)
         if count == 1:
             results = label_all(todo, lambda: here, workers=1, batch_size=teacher.batch_size)
@@ -213,7 +213,16 @@ def _root(data: Path) -> Path:
     return data if data.is_dir() else data.parent
 
 
-def _student(args: argparse.Namespace) -> tuple[Preprocessor, tuple[int, int]]:
+def add_student_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `student` reads."""
+    add = parser.add_argument_group("student (default: the embedded model's)").add_argument
+    add("--model", help="checkpoint folder whose preprocessing and grid to use")
+    add("--image-size", type=_positive, metavar="PIXELS", help="side of the student's input")
+    add("--resize", choices=("pad", "crop", "stretch"), help="how images become square")
+    add("--grid", type=_grid, metavar="ROWSxCOLS", help="the student's token grid (default 8x8)")
+
+
+def student(args: argparse.Namespace) -> tuple[Preprocessor, tuple[int, int]]:
     """The student's preprocessing and token grid, from its folder or from flags."""
     if args.model is None:
         chosen = {"image_size": args.image_size, "resize": args.resize}
@@ -227,7 +236,7 @@ def _student(args: argparse.Namespace) -> tuple[Preprocessor, tuple[int, int]]:
     return loaded.preprocessor, loaded.model.grid
 
 
-def _unfinished(jobs: Sequence[Job], writer: StoreWriter) -> list[Job]:
+def unfinished(jobs: Sequence[Job], writer: StoreWriter) -> list[Job]:
     """The jobs that the store lacks. ``UserError`` if finished images have changed."""
     done = writer.done
     finished = [job for job in jobs if job.key in done]
@@ -251,7 +260,8 @@ def _workers(wanted: int | None, teacher: Teacher) -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
-def _forecast(jobs: Sequence[Job], meta: StoreMeta) -> None:
+def forecast(jobs: Sequence[Job], meta: StoreMeta) -> None:
+    """Say how much there is to store and how large it will be."""
     prompts = sum(len(job.keys) for job in jobs)
     keys = sum(len(job.key) + 130 + sum(len(key) + 4 for key in job.keys) for job in jobs)
     size = prompts * (meta.cells + 2) + len(jobs) * meta.cells * meta.feature_channels * 2 + keys
@@ -308,12 +318,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", help="mps, cuda or cpu (default: the first of them that is there)")
     add("--prompt", choices=("box", "point"), default="box", help="show SAM boxes or points only")
     add("--features", action="store_true", help="store SAM's image features as well")
-    student = parser.add_argument_group("student (default: the embedded model's)")
-    add = student.add_argument
-    add("--model", help="checkpoint folder whose preprocessing and grid to use")
-    add("--image-size", type=_positive, metavar="PIXELS", help="side of the student's input")
-    add("--resize", choices=("pad", "crop", "stretch"), help="how images become square")
-    add("--grid", type=_grid, metavar="ROWSxCOLS", help="the student's token grid (default 8x8)")
+    add_student_arguments(parser)
     running = parser.add_argument_group("running")
     add = running.add_argument
     add("--workers", type=_positive, help="processes (default: one per core, or one on a GPU)")

@@ -5,15 +5,28 @@ import sys
 
 from agevlm_mlx.errors import command
 
-from . import assemble, export, quantize, sam, verify, vision
+from . import (
+    assemble,
+    dequantize,
+    export,
+    quantize,
+    sam,
+    teacher_features,
+    upload,
+    verify,
+    vision,
+)
 
 _COMMANDS = {
     "assemble": assemble,
     "vision": vision,
     "sam": sam,
+    "teacher-features": teacher_features,
     "quantize": quantize,
+    "dequantize": dequantize,
     "export": export,
     "verify": verify,
+    "upload": upload,
 }
 
 _EXAMPLES = """examples:
@@ -21,9 +34,11 @@ _EXAMPLES = """examples:
     --vision google/siglip-base-patch16-224 --mlx-path smol-siglip
   agevlm-convert vision --hf-path google/siglip-base-patch16-224 --mlx-path siglip
   agevlm-convert sam --checkpoint sam_vit_b_01ec64.pth --mlx-path sam-vit-b
+  agevlm-convert teacher-features --features sam-features --data coco --mlx-path coco-sam
   agevlm-convert quantize --model runs/demo/guided --mlx-path guided-8bit --q-bits 8
   agevlm-convert export --to mlx-vlm --model runs/demo/guided --mlx-path guided-mlx-vlm
-  agevlm-convert verify runs/demo/guided guided-copy
+  agevlm-convert verify runs/demo/guided guided-8bit --logits
+  agevlm-convert upload --path guided-8bit --upload-repo me/guided-8bit --dry-run
 """
 
 

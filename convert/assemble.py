@@ -28,6 +28,7 @@ from agevlm_mlx.weights import check_shapes, quantize, save_model
 
 from . import source, vision
 from .language_model import LanguageModel, open_language_model, parameters
+from .quantize import add_quantization_arguments, describe, layers_by_bits, nbytes, quantize_model
 
 #: For a language model that was never taught to converse: plain words, no special tokens
 #: but the one that ends a text.
@@ -62,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the new parameters (0)")
     parser.add_argument("--dry-run", action="store_true", help="check everything, write nothing")
     parser.add_argument("-q", "--quantize", action="store_true", help="quantise the language model")
+    add_quantization_arguments(parser)
 
 
 def fusion_config(args: argparse.Namespace) -> FusionConfig:
@@ -140,10 +142,9 @@ def run(args: argparse.Namespace) -> int:
         sizes = _sizes(model)
         settings = None
         if args.quantize:
-            from .quantize import quantize_model
-
             settings = quantize_model(model, args.q_bits, args.q_group_size, args.q_recipe)
-        total = sum(value.nbytes for value in parameters(model).values())
+            notes.append(describe(settings, layers_by_bits(model)))
+        total = nbytes(model)
         summary = _summary(model, sizes, dtype)
         if not args.dry_run:
             with source.new_folder(args.mlx_path) as folder:

@@ -127,7 +127,8 @@ class _Bundle:
         if name not in self.sources:
             if path is None:
                 spec = importlib.util.find_spec(name)
-                assert spec is not None and spec.origin is not None, name
+                assert spec is not None, name
+                assert spec.origin is not None, name
                 path = Path(spec.origin)
             source = _Source(name, path)
             for statement in source.statements:
@@ -238,7 +239,8 @@ class _Bundle:
             written = own or (reference.id if isinstance(reference, ast.Name) else "")
             final = self.called(source, target, written)
             if own or final != written:
-                assert reference.end_col_offset and reference.end_lineno == reference.lineno
+                assert reference.end_col_offset is not None
+                assert reference.end_lineno == reference.lineno
                 edits.append(
                     (reference.lineno, reference.col_offset, reference.end_col_offset, final)
                 )
@@ -261,7 +263,8 @@ class _Bundle:
     @staticmethod
     def _blank(node: ast.AST) -> Iterator[tuple[int, int, int, str]]:
         """Edits that remove a dictionary's key or value; `_emptied` drops what is left of it."""
-        assert isinstance(node, ast.expr) and node.end_col_offset is not None
+        assert isinstance(node, ast.expr)
+        assert node.end_col_offset is not None
         assert node.end_lineno == node.lineno, "an entry of a registry on one line of its own"
         yield node.lineno, node.col_offset, node.end_col_offset, ""
 

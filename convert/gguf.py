@@ -275,7 +275,9 @@ def _llama3_scaling(path: Path, factors: mx.array, theta: float, head: int) -> d
     return scaling
 
 
-def _config(keys: _Keys, tensors: Mapping[str, _Tensor], factors: mx.array | None) -> dict[str, Any]:
+def _config(
+    keys: _Keys, tensors: Mapping[str, _Tensor], factors: mx.array | None
+) -> dict[str, Any]:
     """What config.json says of every architecture here."""
     if "token_embd.weight" not in tensors:
         raise UserError(f"{keys.path}: found no token_embd.weight; expected a whole model")
@@ -366,7 +368,9 @@ _LAYER = r"blk\.(\d+)\."
 _OUT = r"model.layers.\1."
 
 
-def _norms(names: Mapping[str, str], change: Callable[[mx.array], mx.array] | None = None) -> list[Rule]:
+def _norms(
+    names: Mapping[str, str], change: Callable[[mx.array], mx.array] | None = None
+) -> list[Rule]:
     found = [Rule(rf"{_LAYER}{a}\.weight", rf"{_OUT}{b}.weight", change) for a, b in names.items()]
     return [*found, Rule(r"output_norm\.weight", "model.norm.weight", change)]
 

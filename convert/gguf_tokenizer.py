@@ -27,7 +27,10 @@ _ENDS = {
 
 def _split(regex: str) -> PreTokenizer:
     return PreTokenizers(
-        [Split(Regex(regex), behavior="isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            Split(Regex(regex), behavior="isolated"),
+            ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
 
 
@@ -76,7 +79,9 @@ def build_tokenizer(metadata: Mapping[str, Any], where: object) -> PreTrainedTok
         )
     types = metadata.get("tokenizer.ggml.token_type", [])
     # An entry spelled differently in the vocabulary (Gemma's runs of spaces) is no added token.
-    added = [(t, k) for t, k in zip(tokens, types, strict=False) if backend.token_to_id(t) is not None]
+    added = [
+        (t, k) for t, k in zip(tokens, types, strict=False) if backend.token_to_id(t) is not None
+    ]
     backend.add_special_tokens(
         [AddedToken(t, normalized=False, special=True) for t, k in added if k == _CONTROL]
     )
@@ -109,9 +114,7 @@ def build_tokenizer(metadata: Mapping[str, Any], where: object) -> PreTrainedTok
 
 def end_tokens(metadata: Mapping[str, Any]) -> list[int]:
     """Ids at which a text ends: the file's end of text first, then end of turn and the like."""
-    ends = [
-        metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")
-    ]
+    ends = [metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
     types = metadata.get("tokenizer.ggml.token_type", [])
     for i, (token, kind) in enumerate(
         zip(metadata.get("tokenizer.ggml.tokens", []), types, strict=False)
@@ -128,13 +131,17 @@ def _byte_level(metadata: Mapping[str, Any], tokens: Sequence[str], where: objec
             f"{where}: expected tokenizer.ggml.pre {', '.join(_PRE)}; got {pre!r}, whose way "
             "of splitting text is not known here; convert the original checkpoint instead"
         )
-    model = models.BPE(
-        vocab={token: i for i, token in enumerate(tokens)},
-        merges=_stored_merges(metadata, where),
-        fuse_unk=False,
-        # Llama 3's vocabulary holds whole words that its merges do not lead to.
-        ignore_merges=_PRE[pre] is _LLAMA3,
-    )
+    merges = _stored_merges(metadata, where)
+    try:
+        model = models.BPE(
+            vocab={token: i for i, token in enumerate(tokens)},
+            merges=merges,
+            fuse_unk=False,
+            # Llama 3's vocabulary holds whole words that its merges do not lead to.
+            ignore_merges=_PRE[pre] is _LLAMA3,
+        )
+    except Exception as error:  # the only kind that the tokenizers package raises
+        raise UserError(f"{where}: tokens and merges do not fit: {error}") from None
     backend = Tokenizer(model)
     if _PRE[pre] is _QWEN2:
         backend.normalizer = normalizers.NFC()  # as in Qwen's own tokenizer

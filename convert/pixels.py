@@ -107,11 +107,13 @@ class _Keys:
         if self.flag(key, value) != value:
             raise self.wrong(key, "true" if value else "false")
 
-    def colour(self, key: str, default: list[float]) -> list[float]:
+    def colour(self, key: str, default: list[float], above: float = -math.inf) -> list[float]:
         value: Any = self.table[key] if key in self else default
         value = [value] * 3 if _is_number(value) else value
         if not isinstance(value, list) or len(value) != 3 or not all(map(_is_number, value)):
             raise self.wrong(key, "3 numbers")
+        if min(value) <= above:
+            raise self.wrong(key, f"3 numbers above {above:g}")
         return value
 
 
@@ -138,7 +140,7 @@ def _open_clip(keys: _Keys) -> dict[str, Any]:
         "resize": resize,
         "resample": keys.choice("interpolation", names, "bicubic"),
         "image_mean": keys.colour("mean", _OPENAI["mean"]),
-        "image_std": keys.colour("std", _OPENAI["std"]),
+        "image_std": keys.colour("std", _OPENAI["std"], above=0),
     }
     if resize == "pad":
         values["fill"] = keys.choice("fill_color", {0: "black"}, 0)
@@ -162,7 +164,7 @@ def _timm(keys: _Keys) -> dict[str, Any]:
         "crop_pct": crop_pct,
         "convention": "torchvision",
         "image_mean": keys.colour("mean", _IMAGENET["mean"]),
-        "image_std": keys.colour("std", _IMAGENET["std"]),
+        "image_std": keys.colour("std", _IMAGENET["std"], above=0),
     }
     if "input_size" in keys:
         size = keys.table["input_size"]
@@ -200,7 +202,7 @@ def _hugging_face(keys: _Keys) -> dict[str, Any]:
     values: dict[str, Any] = {
         "resample": keys.choice("resample", _RESAMPLE, assumed["resample"]),
         "image_mean": keys.colour("image_mean", assumed["image_mean"]),
-        "image_std": keys.colour("image_std", assumed["image_std"]),
+        "image_std": keys.colour("image_std", assumed["image_std"], above=0),
     }
     if not keys.flag("do_normalize", True):
         values |= {"image_mean": [0.0, 0.0, 0.0], "image_std": [1.0, 1.0, 1.0]}

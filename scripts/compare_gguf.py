@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import llama_cpp
+import llama_cpp  # pyright: ignore[reportMissingImports]
 import mlx.core as mx
 import numpy as np
 from mlx_lm.generate import generate_step
@@ -44,7 +44,7 @@ TEXTS = (
     "नमस्ते दुनिया",
     "😀👩‍👩‍👧🇩🇪 ❤️",
     "def f(x):\n    return x ** 2  # square\n",
-    "<div class=\"a\">&nbsp;</div>",
+    '<div class="a">&nbsp;</div>',
     "https://example.org/a_b?c=d&e=%20#f",
     "<|im_start|>user\nHi<|im_end|>\n",
     "a<|endoftext|>b <|im_end|> c",

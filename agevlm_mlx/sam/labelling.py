@@ -152,37 +152,47 @@ class Labeller:
 
     def __call__(self, jobs: Sequence[Job]) -> list[Labelled]:
         """Label a batch of images. ``UserError`` names an image that cannot be read."""
-        loaded = [_load(job.path) for job in jobs]
+        loaded = [read_image(job.path) for job in jobs]
         answers = self.teacher.label(
             [image for image, _ in loaded],
             [list(job.prompts.values()) for job in jobs],
             features=self.features,
         )
         return [
-            self._pool(job, image, sha256, labels)
+            pool(job, image, sha256, labels, self.preprocessor, self.grid)
             for job, (image, sha256), labels in zip(jobs, loaded, answers, strict=True)
         ]
 
-    def _pool(self, job: Job, image: np.ndarray, sha256: str, labels: Labels) -> Labelled:
-        height, width = image.shape[:2]
-        geometry = self.preprocessor.geometry(width, height)
-        masks = [*(_ready(job, rle, height, width) for rle in job.ready.values()), *labels.masks]
-        coverage = [geometry.mask_to_grid(mask, self.grid) for mask in masks]
-        cells = math.prod(self.grid)
-        return Labelled(
-            job.key,
-            sha256,
-            job.keys,
-            np.stack(coverage) if coverage else np.zeros((0, cells), dtype=np.float32),
-            np.concatenate([np.ones(len(job.ready), np.float32), labels.iou]),
-            None
-            if labels.features is None
-            else pool_features(labels.features, geometry, self.grid),
-        )
+
+def pool(
+    job: Job,
+    image: np.ndarray,
+    sha256: str,
+    labels: Labels,
+    preprocessor: Preprocessor,
+    grid: tuple[int, int],
+) -> Labelled:
+    """The labels of an image, and the masks that the data brings along, on the student's grid.
+
+    image, sha256: what `read_image` gave. ``UserError`` for a mask of another size.
+    """
+    height, width = image.shape[:2]
+    geometry = preprocessor.geometry(width, height)
+    masks = [*(_ready(job, rle, height, width) for rle in job.ready.values()), *labels.masks]
+    coverage = [geometry.mask_to_grid(mask, grid) for mask in masks]
+    return Labelled(
+        job.key,
+        sha256,
+        job.keys,
+        np.stack(coverage) if coverage else np.zeros((0, math.prod(grid)), dtype=np.float32),
+        np.concatenate([np.ones(len(job.ready), np.float32), labels.iou]),
+        None if labels.features is None else pool_features(labels.features, geometry, grid),
+    )
 
 
-def _load(path: Path) -> tuple[np.ndarray, str]:
-    """The image uint8[h w 3] and the SHA-256 of its file, read once."""
+def read_image(path: Path) -> tuple[np.ndarray, str]:
+    """The image uint8[h w 3] and the SHA-256 of its file, read once. ``UserError`` if it
+    cannot be read."""
     try:
         data = path.read_bytes()
     except OSError as error:

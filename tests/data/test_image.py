@@ -1,9 +1,11 @@
 """Pixels from any file, and one Geometry for whatever goes with them."""
 
 import contextlib
+import hashlib
 import io
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -232,7 +234,10 @@ preprocessors = st.builds(
     Preprocessor,
     image_size=st.just(SIZE),
     resize=st.sampled_from(("pad", "crop", "stretch")),
-    resample=st.sampled_from(("bilinear", "bicubic")),
+    resample=st.sampled_from(("bilinear", "bicubic", "lanczos")),
+    convention=st.sampled_from(("agevlm", "transformers", "torchvision", "sam")),
+    crop_pct=st.sampled_from((1.0, 0.875, 0.9)),
+    fill=st.sampled_from(("mean", "black")),
     image_mean=st.just((0.0, 0.0, 0.0)),
     image_std=st.just((1.0, 1.0, 1.0)),
 )
@@ -269,17 +274,22 @@ def test_to_source_undoes_to_input(
     geometry = preprocessor.geometry(width, height)
     points = np.array(places) * (width, height)
     np.testing.assert_allclose(geometry.to_source(geometry.to_input(points)), points, atol=1e-9)
-    inside = geometry.to_input(points)
-    if preprocessor.resize != "crop":
-        assert inside.min() >= 0
-        assert inside.max() <= SIZE
-    corners = geometry.to_input(np.array([[0, 0], [width, height]]))
+    exact = geometry.to_input(np.array([[0, 0], [width, height]]))
+    corners = exact.round()  # pictures lie on whole pixels
+    np.testing.assert_allclose(exact, corners, atol=1e-9)
+    resized, fitted = corners[1] - corners[0], int(SIZE / preprocessor.crop_pct)
     if preprocessor.resize == "crop":  # the picture covers the input
         assert corners[0].max() <= 0
         assert corners[1].min() >= SIZE
-    if preprocessor.resize == "pad":  # and lies in its middle, within a pixel
+        assert resized.min() == fitted
+    if preprocessor.resize == "pad":
+        assert resized.max() == fitted
+    if preprocessor.resize == "stretch":
+        assert resized.tolist() == [fitted, fitted]
+    if preprocessor.convention == "sam":
+        assert corners[0].tolist() == [0, 0]
+    else:  # in the middle, within a pixel
         assert np.abs(corners.sum(axis=0) - SIZE).max() <= 1
-        assert (corners[1] - corners[0]).max() == SIZE
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)
@@ -318,6 +328,75 @@ def test_padding_is_no_coverage_and_the_rest_is_full(
     assert not geometry.mask_to_grid(np.zeros((height, width), bool), GRID).any()
 
 
+def test_what_is_shown_is_what_the_picture_covers() -> None:
+    """Also where the padding is exactly zero: nowhere else."""
+    for convention in ("agevlm", "sam", "torchvision"):
+        preprocessor = Preprocessor(
+            image_size=16, convention=convention, fill="zero", image_mean=(0.3, 0.4, 0.6)
+        )
+        pixels, geometry = preprocessor(Image.new("RGB", (48, 16), (255, 255, 255)))
+        x0, y0, x1, y1 = geometry.shown
+        assert (x0, x1, y1 - y0) == (0, 16, 5)
+        assert y0 == (0 if convention == "sam" else 5)
+        bright = np.zeros((16, 16), bool)
+        bright[y0:y1, x0:x1] = True
+        assert (pixels[bright] > 0.5).all()
+        assert (pixels[~bright] == 0).all()
+    assert Preprocessor(image_size=16, resize="crop").geometry(40, 20).shown == (0, 0, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("settings", "size", "wanted"),
+    [
+        # Sides are rounded half up, the longer side of a crop is cut off or not.
+        ({"resize": "crop"}, (61, 40), (49, 32, -9, 0)),
+        ({"resize": "crop", "convention": "transformers"}, (61, 40), (48, 32, -8, 0)),
+        ({"resize": "crop", "convention": "torchvision"}, (61, 40), (48, 32, -8, 0)),
+        ({"resize": "crop", "convention": "sam"}, (61, 40), (49, 32, 0, 0)),
+        # Of an odd rest, the half: rounded down (outwards), towards zero, or to even.
+        ({"resize": "crop"}, (33, 32), (33, 32, -1, 0)),
+        ({"resize": "crop", "convention": "transformers"}, (33, 32), (33, 32, 0, 0)),
+        ({"resize": "crop", "convention": "torchvision"}, (33, 32), (33, 32, 0, 0)),
+        ({"resize": "crop", "convention": "transformers"}, (35, 32), (35, 32, -1, 0)),
+        ({"resize": "crop", "convention": "torchvision"}, (35, 32), (35, 32, -2, 0)),
+        # Padding: 32 * 21 / 64 = 10.5, and an odd rest.
+        ({}, (64, 21), (32, 11, 0, 10)),
+        ({"convention": "sam"}, (64, 21), (32, 11, 0, 0)),
+        ({"convention": "torchvision"}, (64, 21), (32, 10, 0, 11)),
+        ({"convention": "torchvision"}, (64, 22), (32, 11, 0, 10)),
+        # 32 / 0.875 = 36.57 px, of which the middle 32 remain.
+        ({"resize": "stretch", "crop_pct": 0.875}, (9, 5), (36, 36, -2, -2)),
+        ({"resize": "crop", "crop_pct": 0.875}, (36, 72), (36, 72, -2, -20)),
+        ({"resize": "pad", "crop_pct": 0.875}, (36, 12), (36, 12, -2, 10)),
+        # Never nothing.
+        ({}, (1, 1000), (1, 32, 15, 0)),
+        ({"convention": "torchvision"}, (1, 1000), (1, 32, 15, 0)),
+    ],
+)
+def test_each_convention_rounds_and_places_in_its_way(
+    settings: dict[str, Any], size: tuple[int, int], wanted: tuple[int, ...]
+) -> None:
+    geometry = Preprocessor(image_size=32, **settings).geometry(*size)
+    (x0, y0), (x1, y1) = geometry.to_input(np.array([[0, 0], size])).round(9)
+    assert (x1 - x0, y1 - y0, x0, y0) == wanted
+
+
+def test_the_resized_side_follows_the_image_size() -> None:
+    preprocessor = Preprocessor(image_size=224, resize="crop", crop_pct=224 / 256)
+    assert preprocessor.geometry(512, 512).scale_x == 0.5
+    assert replace(preprocessor, image_size=448).geometry(512, 512).scale_x == 1
+
+
+def test_the_embedded_default_keeps_its_pixels_to_the_bit() -> None:
+    """The shipped model was trained on them, and mask stores carry its fingerprint."""
+    default = Preprocessor(image_std=(0.25, 0.25, 0.25))
+    values = np.random.default_rng(0).integers(0, 256, (37, 111, 3), dtype=np.uint8)
+    pixels, geometry = default(Image.fromarray(values))
+    assert hashlib.sha256(pixels.tobytes()).hexdigest()[:16] == "bee31eb4af54b36d"
+    assert geometry.to_input(np.array([[0, 0], [111, 37]])).tolist() == [[0, 21], [64, 42]]
+    assert default.fingerprint() == "1be1bd503825c69c"
+
+
 def test_padding_shows_the_mean_colour() -> None:
     preprocessor = Preprocessor(image_size=16, image_mean=(0.2, 0.4, 0.6), image_std=(0.1,) * 3)
     pixels, geometry = preprocessor(Image.new("RGB", (16, 4), (255, 255, 255)))
@@ -326,6 +405,8 @@ def test_padding_shows_the_mean_colour() -> None:
     assert pixels.dtype == np.float32
     np.testing.assert_allclose(pixels[:6], 0, atol=0.02)
     np.testing.assert_allclose(pixels[6:10], np.broadcast_to([8, 6, 4], (4, 16, 3)), atol=1e-4)
+    black, _ = replace(preprocessor, fill="black")(Image.new("RGB", (16, 4)))
+    np.testing.assert_allclose(black, np.broadcast_to([-2, -4, -6], (16, 16, 3)), atol=1e-4)
 
 
 def test_boxes_are_cut_to_the_input() -> None:
@@ -360,13 +441,21 @@ def test_settings_survive_their_file() -> None:
         Preprocessor.from_dict({"image_siz": 3})
     with pytest.raises(UserError, match="image_std > 0"):
         Preprocessor(image_std=(0.0, 1.0, 1.0))
+    for crop_pct in (0.0, 1.01, float("nan")):
+        with pytest.raises(UserError, match=r"crop_pct in \(0, 1\], got"):
+            Preprocessor(crop_pct=crop_pct)
 
 
 def test_the_fingerprint_follows_the_geometry_only() -> None:
     prints = {
-        Preprocessor(image_size=size, resize=resize).fingerprint()
+        Preprocessor(
+            image_size=size, resize=resize, convention=convention, crop_pct=crop_pct
+        ).fingerprint()
         for size in (32, 64)
         for resize in ("pad", "crop", "stretch")
+        for convention in ("agevlm", "transformers", "torchvision", "sam")
+        for crop_pct in (1.0, 0.9, 0.875)
     }
-    assert len(prints) == 6
-    assert Preprocessor(image_mean=(0.0, 0.0, 0.0)).fingerprint() == Preprocessor().fingerprint()
+    assert len(prints) == 2 * 3 * 4 * 3
+    for colours in ({"image_mean": (0.0, 0.0, 0.0)}, {"fill": "zero"}, {"resample": "lanczos"}):
+        assert Preprocessor(**colours).fingerprint() == Preprocessor().fingerprint()
