@@ -64,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="check everything, write nothing")
     parser.add_argument("-q", "--quantize", action="store_true", help="quantise the language model")
     add_quantization_arguments(parser)
+    parser.set_defaults(q_bits=None, q_group_size=None)  # given or not: they need -q
 
 
 def fusion_config(args: argparse.Namespace) -> FusionConfig:
@@ -124,6 +125,8 @@ def assemble(
 
 def run(args: argparse.Namespace) -> int:
     fusion = fusion_config(args)
+    if not args.quantize and (args.q_bits or args.q_group_size or args.q_recipe):
+        raise UserError("--q-bits, --q-group-size and --q-recipe: expected -q with them; add it")
     source.check_free(args.mlx_path)
     with (
         open_language_model(args.lm) as lm,
@@ -142,7 +145,9 @@ def run(args: argparse.Namespace) -> int:
         sizes = _sizes(model)
         settings = None
         if args.quantize:
-            settings = quantize_model(model, args.q_bits, args.q_group_size, args.q_recipe)
+            settings = quantize_model(
+                model, args.q_bits or 4, args.q_group_size or 64, args.q_recipe
+            )
             notes.append(describe(settings, layers_by_bits(model)))
         total = nbytes(model)
         summary = _summary(model, sizes, dtype)

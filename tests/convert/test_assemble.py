@@ -247,6 +247,7 @@ def refusal(capsys, tmp_path: Path, *arguments) -> str:
         (["--cross-layers", "a"], "numbers like 2,6,10,14"),
         (["--cross-layers", "1", "--fusion", "concat"], "has no cross-attention"),
         (["--image-size", "15"], "multiple of 4, got 15"),
+        (["--q-bits", "4"], "expected -q with them"),
         (["--projector", "pixel_shuffle", "--image-size", "12"], "divisor of the 3x3"),
     ],
 )

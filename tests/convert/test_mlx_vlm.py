@@ -126,6 +126,8 @@ def concat_model(folder: Path) -> Path:
     base = load(shipped("model"))
     config = to_dict(base.model.config)
     config["fusion_config"] = {"fusion": "concat", "projector": "pixel_shuffle"}
+    # No other ids than the tokenizer's, which mlx-vlm's detokenizer would fail on.
+    config["text_config"]["vocab_size"] = len(base.tokenizer.get_vocab())
     mx.random.seed(3)
     model = AgeVLM(from_dict(type(base.model.config), config))
     model.update(tree_map(lambda w: w * 2, model.parameters()))  # let every token matter

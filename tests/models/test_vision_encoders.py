@@ -92,6 +92,7 @@ def test_a_feature_layer_that_is_not_there(layer):
 def test_the_preprocessing_is_what_each_was_trained_with():
     clip = Preprocessor.from_dict(build_encoder(CLIP).preprocessing)
     assert (clip.image_size, clip.resize, clip.resample) == (24, "crop", "bicubic")
+    assert clip.convention == "transformers"
     assert clip.image_mean == (0.48145466, 0.4578275, 0.40821073)
     assert clip.image_std == (0.26862954, 0.26130258, 0.27577711)
     for config, resample in ((SIGLIP, "bicubic"), (SIGLIP2, "bilinear")):
