@@ -8,15 +8,16 @@ examples:
   agevlm-convert assemble --lm HuggingFaceTB/SmolLM2-360M-Instruct \\
     --vision google/siglip-base-patch16-224 --mlx-path smol-siglip
   agevlm-convert assemble --lm meta-llama/Llama-3.2-1B-Instruct --cross-layers 2,6,10,14 \\
-    --vision laion/CLIP-convnext_base_w-laion2B-s13B-b82K --image-size 512 --mlx-path llama-convnext
-  agevlm-convert assemble --lm SmolLM2-135M-Instruct.Q8_0.gguf --vision siglip --mlx-path out --dry-run
+    --vision laion/CLIP-convnext_base_w-laion2B-s13B-b82K --image-size 512 \\
+    --mlx-path llama-convnext
+  agevlm-convert assemble --lm SmolLM2-135M-Instruct.Q8_0.gguf --vision siglip --dry-run \\
+    --mlx-path out
   agevlm-convert assemble --lm Qwen/Qwen3-0.6B --vision shipped -q --q-bits 4 --mlx-path out
 """
 
 import argparse
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 

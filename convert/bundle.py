@@ -202,8 +202,10 @@ class _Bundle:
         """Keep what a module does with kept definitions: registering a class, for example."""
         for source in list(self.sources.values()):
             for statement in source.statements:
+                if any(statement.defines()):
+                    continue
                 needed = [t[0] for _, t in self.references(statement) if isinstance(t, tuple)]
-                if needed and not any(statement.defines()) and self.chosen.issuperset(needed):
+                if needed and self.chosen.issuperset(needed):
                     self.choose(statement)
 
     def name(self, key: object, wanted: str, home: str) -> str:

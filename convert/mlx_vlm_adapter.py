@@ -226,17 +226,16 @@ class Model(AgeVLM):
     ) -> mx.array:
         """Concat: the rows' padding, then their images, then their texts."""
         S, text = z_img.shape[1], self.language_model.model.embed_tokens(ids)
-        padding = mx.array(getattr(cache[0], "left_padding", [0] * len(ids)))
-        order = padding.tolist()
+        before = mx.array(getattr(cache[0], "left_padding", [0] * len(ids)))
         if not bool(shown.all()):  # a row without an image has S more of padding
             z_img = mx.where(shown[:, None, None], z_img, 0)
             for entry in cache:
-                entry.text.left_padding = padding + S * (1 - shown.astype(mx.int32))
+                entry.text.left_padding = before + S * (1 - shown.astype(mx.int32))
                 entry.text.offset = -entry.text.left_padding
         z_img = z_img.astype(text.dtype)
         rows = [
-            mx.concatenate([text[i, :p], z_img[i], text[i, p:]])  # pyright: ignore
-            for i, p in enumerate(order)
+            mx.concatenate([text[i, :p], z_img[i], text[i, p:]])
+            for i, p in enumerate(map(int, np.array(before)))
         ]
         joined = mx.stack(rows)
         for entry in cache:
@@ -309,11 +308,14 @@ class Processor:
 def _register() -> None:
     """Tell mlx-vlm what it does not take from a model file."""
     from mlx_vlm import prompt_utils
+    from mlx_vlm.apc_adapters import Capability, register_capability
     from mlx_vlm.models.base import install_auto_processor_patch
 
     if "agevlm" not in prompt_utils.MODEL_CONFIG:
         prompt_utils.MODEL_CONFIG["agevlm"] = prompt_utils.MessageFormat.TEXT_ONLY
         install_auto_processor_patch("agevlm", Processor)
+    # Its prefix cache across requests (APC_ENABLED=1) knows its own kinds of cache only.
+    register_capability(ServedCache, Capability.UNSUPPORTED)
     # It also looks for an architecture of its own, and calls it unsupported if there is none.
     name = "mlx_vlm.models.agevlm"
     sys.modules[name] = types.ModuleType(name)

@@ -133,9 +133,7 @@ def describe(settings: Mapping[str, Any], layers: Mapping[int, list[str]]) -> st
     kept = sorted(layers.get(0, []))
     if kept:
         more = f" and {len(kept) - _SHOWN} more" if len(kept) > _SHOWN else ""
-        text += (
-            f"; {len(kept)} kept, their width is no multiple: {', '.join(kept[:_SHOWN])}{more}"
-        )
+        text += f"; {len(kept)} kept, their width is no multiple: {', '.join(kept[:_SHOWN])}{more}"
     return text
 
 

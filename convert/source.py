@@ -1,5 +1,6 @@
 """Reading other people's checkpoints, and writing ours in one move."""
 
+import errno
 import os
 import shutil
 import tempfile
@@ -12,6 +13,7 @@ import mlx.core as mx
 
 from agevlm_mlx.config import read_json
 from agevlm_mlx.errors import UserError
+from agevlm_mlx.parallel import terminate_as_interrupt
 from agevlm_mlx.weights import write_safetensors
 
 #: Weight files in the order of preference: safetensors first, open_clip's own names last.
@@ -21,6 +23,9 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "open_clip_pytorch_model.bin",
 )
+
+#: No space, over quota, over the size that a file may have.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def locate(source: str, *more: str) -> Path:
@@ -149,25 +154,39 @@ def _pickle(path: Path) -> dict[str, mx.array]:
             return mx.array(tensor.view(torch.int16).numpy()).view(mx.bfloat16)
         return mx.array(tensor.numpy())
 
-    return {str(key): array(value) for key, value in state.items()}
+    # Taken out one by one: a file of torch before 1.6 is in memory, and shrinks as ours grows.
+    return {str(key): array(state.pop(key)) for key in list(state)}
 
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `path` when the block ends well, and vanishes if not.
+    """A temporary folder that becomes `path` when the block ends well, and vanishes if not, also
+    when the process is told to end (Ctrl-C, SIGTERM).
 
-    ``UserError`` when `path` already holds something.
+    ``UserError`` when `path` already holds something, cannot be made, or the disk is full.
     """
     check_free(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
     try:
-        aside.chmod(0o755)  # mkdtemp makes it private
-        yield aside
-        for file in aside.iterdir():
-            with open(file, "rb+") as opened:
-                os.fsync(opened.fileno())
-        os.replace(aside, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+    except OSError as error:  # a file where a folder should be, no rights, a read-only disk
+        raise UserError(f"{path}: cannot be made: {error.strerror}; pass another folder") from None
+    try:
+        with terminate_as_interrupt():
+            aside.chmod(0o755)  # mkdtemp makes it private
+            yield aside
+            for file in aside.rglob("*"):
+                if file.is_file():
+                    with open(file, "rb+") as opened:
+                        os.fsync(opened.fileno())
+            os.replace(aside, path)
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        raise UserError(
+            f"{path}: no room on the disk ({error.strerror}); free some or pass a folder on "
+            "another one; nothing was left behind"
+        ) from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

@@ -131,7 +131,7 @@ def read(path: Path, array: str | None = None) -> np.ndarray:
         )
     value = value.astype(np.float32)
     peak = float(np.abs(value).max(initial=0))
-    if peak > _LARGEST:  # also not if it is NaN
+    if not 0 < peak <= _LARGEST:  # also not if it is NaN
         raise UserError(
             f"{path}: expected finite numbers up to {_LARGEST:g} that are not all zero, got "
             f"{peak:g}; compute this image's features again"

@@ -77,9 +77,7 @@ def checked_files(folder: Path) -> list[Path]:
         path.name + "/" * path.is_dir()
         for path in files
         if not path.is_file()
-        or not (
-            path.name in weights or any(fnmatch.fnmatchcase(path.name, p) for p in _EXPECTED)
-        )
+        or not (path.name in weights or any(fnmatch.fnmatchcase(path.name, p) for p in _EXPECTED))
     ]
     if strange:
         raise UserError(

@@ -28,8 +28,7 @@ from agevlm_mlx.errors import UserError
 from agevlm_mlx.models.vision import VISION_ENCODERS, build_encoder, fitted
 from agevlm_mlx.weights import check_shapes, read_weights, shipped, write_weights
 
-from . import pixels, rules, source
-from . import clip, convnext, sam_weights, siglip
+from . import clip, convnext, pixels, rules, sam_weights, siglip, source
 
 
 @dataclass(frozen=True)
@@ -138,6 +137,8 @@ def open_encoder(
     native = from_dict(config_class, own, where)
     config = asdict(native)
     preprocessor = pixels.read_preprocessing(folder, build_encoder(config).preprocessing)
+    if image_size is None:
+        preprocessor = _seen(config, replace(preprocessor, image_size=config["image_size"]), where)
     encoder = _resized(config, image_size)
     preprocessor = replace(preprocessor, image_size=config["image_size"])
     with source.open_tensors(weights or folder) as tensors:
@@ -156,6 +157,27 @@ def renamed(
         ours[name] = fitted(encoder, name, ours[name])
     check_shapes(encoder, ours, where)
     return ours, dropped
+
+
+def _seen(config: dict[str, Any], preprocessor: Preprocessor, where: str) -> Preprocessor:
+    """Make the input of a tower whose patches do not fill it as large as what they cover.
+
+    SigLIP so400m has 27 patches of 14 px in 384: six rows and columns are resized and never
+    seen. Here the picture is resized as before and cut at the right and at the bottom, so that
+    the tower sees the same pixels and each token's cell is exactly where the token looks.
+    """
+    size, patch = config["image_size"], config.get("patch_size", 1)
+    seen = size - size % patch
+    if seen == size:
+        return preprocessor
+    if preprocessor.resize != "stretch":
+        raise UserError(
+            f"{where}: expected an image_size that is a multiple of patch_size ({patch}), got "
+            f"{size}; pass --image-size {seen}"
+        )
+    config["image_size"] = seen
+    crop_pct = preprocessor.crop_pct * seen / size
+    return replace(preprocessor, image_size=seen, crop_pct=crop_pct, convention="sam")
 
 
 def _resized(config: dict[str, Any], image_size: int | None) -> Any:

@@ -16,14 +16,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import agevlm_mlx  # noqa: F401  (before mlx: it opens the fast BLAS)
+
+# isort: split
 import gguf
 import llama_cpp  # pyright: ignore[reportMissingImports]
 import mlx.core as mx
 import numpy as np
+from agevlm_convert.gguf import read_gguf  # pyright: ignore[reportMissingImports]
 from mlx_lm.generate import generate_step
 from mlx_lm.utils import _get_classes
-
-from convert.gguf import read_gguf
 
 TEXTS = (
     "",

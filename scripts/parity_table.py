@@ -27,11 +27,15 @@ PACKAGES = (
 )
 HEADER = """# Parity with the reference implementations
 
-Random weights made by the reference library, saved as it saves them, converted by the commands that
-a user runs, and compared on the CPU in float32. For an encoder the figure is the largest error of any output
-token, relative to that token's largest value; for pixels the largest difference on a scale from 0 to 1
-(1/255 = 0.0039 is one step of 8 bits). The tests fail above the bound. Made by
-`python scripts/parity_table.py` on {machine}, Python {python}; {packages}.
+Random weights made by the reference library, saved as it saves them, converted by the commands
+that a user runs, and compared on the CPU in float32. For an encoder the figure is the largest
+error of any output token, relative to that token's largest value; for pixels the largest
+difference on a scale from 0 to 1 (one step of 8 bits is 0.0039). Pixels are compared with
+Pillow's resizing, on which these weights were trained: transformers' newer processors, which
+resize with torchvision, are up to two steps away from its own Pillow ones, and so from ours.
+
+The tests fail above the bound. Made by `python scripts/parity_table.py` on {machine}, Python
+{python}; {packages}.
 
 """
 

@@ -28,7 +28,7 @@ TOWERS = [
         "layer_norm_eps": 1e-2,
     },
 ]
-RESOLUTIONS = [{"image_size": 32, "patch_size": 8}, {"image_size": 45, "patch_size": 14}]
+RESOLUTIONS = [{"image_size": 32, "patch_size": 8}, {"image_size": 42, "patch_size": 14}]
 TEXT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 50}
 CLIP = ("CLIP ViT", "transformers.CLIPVisionModel")
 

@@ -210,12 +210,15 @@ def test_rows_of_a_batch_keep_their_own_image(kind: str, answers: Any):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_batch_generate_gives_each_prompt_its_image(kind: str, checkpoints: Any, answers: Any):
-    found = answers[kind]
-    decode = load(checkpoints[kind]).tokenizer._tokenizer.decode
-    ends = {3}
+    found, tokenizer = answers[kind], load(checkpoints[kind]).tokenizer._tokenizer
     wanted = [found["one"][2][0], found["one"][0][1]]
-    wanted = [decode([t for t in tokens if t not in ends]) for tokens in wanted]
-    assert [text.strip() for text in found["batch"]] == [text.strip() for text in wanted]
+    texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in wanted]
+    # Halves of a character (random weights give them) read differently piece by piece.
+    assert [_ascii(text) for text in found["batch"]] == [_ascii(text) for text in texts]
+
+
+def _ascii(text: str) -> str:
+    return text.encode("ascii", "ignore").decode().strip()
 
 
 @pytest.mark.parametrize("kind", KINDS)

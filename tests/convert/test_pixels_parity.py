@@ -133,7 +133,7 @@ def test_image_processors_of_transformers(
     [("CLIP", clip(45, 45)), ("SigLIP", {"size": square(45)}), ("SAM", sam(45))],
 )
 def test_torchvision_resizes_to_other_pixels_than_pillow(
-    transformers: Any, parity: Any, tmp_path: Path, part: str, settings: dict[str, Any]
+    transformers: Any, tmp_path: Path, part: str, settings: dict[str, Any]
 ) -> None:
     """Not our difference: it is just as far between the two processors of transformers."""
     name = f"{NAMES[part]}ImageProcessor"
@@ -146,10 +146,8 @@ def test_torchvision_resizes_to_other_pixels_than_pillow(
         np.abs((reference(image) - pillow(image)) * std).max()
         for image in (picture(*shape) for shape in SHAPES)
     )
-    figure = worst(ours, reference)
-    assert figure == pytest.approx(theirs, abs=EXACT)
-    case = f"45 px, {len(SHAPES)} shapes; resized with torchvision, not Pillow"
-    parity(f"Pixels: {part}", f"transformers.{name}", case, figure, 2 * STEP + EXACT)
+    assert theirs > EXACT
+    assert worst(ours, reference) == pytest.approx(theirs, abs=EXACT)
 
 
 @pytest.mark.parametrize("side", [32, 48])

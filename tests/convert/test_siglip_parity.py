@@ -3,8 +3,13 @@
 import os
 from typing import Any
 
+import mlx.core as mx
+import numpy as np
 import pytest
+from PIL import Image
 
+from agevlm_mlx.config import read_json
+from agevlm_mlx.data.image import Preprocessor
 from agevlm_mlx.models.vision.siglip import Siglip2Config, SiglipConfig
 from convert import __main__ as cli
 
@@ -70,8 +75,32 @@ def test_every_token(siglip, converted, token_error, parity, size, resolution, t
     reference.save_pretrained(tmp_path / "hf")
     ours = converted(tmp_path / "hf", tmp_path / "mlx")
     image, patch = resolution["image_size"], resolution["patch_size"]
-    error = token_error(ours, tokens(reference), image)
+    seen = image // patch * patch
+    error = token_error(lambda x: ours(x[:, :seen, :seen]), tokens(reference), image)
     parity(*SIGLIP, f"width {size['hidden_size']}, {image} px, patch {patch}", error, BOUND)
+
+
+def test_pixels_that_no_patch_covers(transformers, siglip, converted, parity, tmp_path):
+    """45 px in patches of 14: the picture is resized to 45 and cut to the 42 that are seen, so
+    that a token's cell is where the token looks."""
+    import torch
+
+    reference = siglip(**TOWERS[0], **RESOLUTIONS[1])
+    reference.save_pretrained(tmp_path / "hf")
+    size = {"height": 45, "width": 45}
+    processor = transformers.SiglipImageProcessorPil(size=size)
+    processor.save_pretrained(tmp_path / "hf")
+    ours = converted(tmp_path / "hf", tmp_path / "mlx")
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 90, 3), np.uint8))
+    pixels, geometry = Preprocessor.from_dict(read_json(tmp_path / "mlx/preprocessor_config.json"))(
+        image
+    )
+    assert geometry.to_input([[90, 70]]).tolist() == [[45, 45]]
+    theirs = processor(image, return_tensors="np").pixel_values
+    with torch.no_grad():
+        want = reference(torch.from_numpy(theirs)).last_hidden_state.numpy()
+    error = float(np.abs(np.array(ours(mx.array(pixels[None]))) - want).max() / np.abs(want).max())
+    parity(*SIGLIP, "45 px, patch 14, from a picture to tokens", error, BOUND)
 
 
 @pytest.mark.parametrize("image_size", [24, 40, 96])

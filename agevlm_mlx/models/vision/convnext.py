@@ -137,6 +137,7 @@ class ConvNextEncoder(nn.Module):
         return {
             "image_size": self.config.image_size,
             "resize": "crop",
+            "convention": "torchvision",
             "resample": "bicubic",
             "image_mean": [0.48145466, 0.4578275, 0.40821073],
             "image_std": [0.26862954, 0.26130258, 0.27577711],

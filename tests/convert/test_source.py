@@ -1,0 +1,190 @@
+"""Reading other people's checkpoints, and writing ours in one move."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from agevlm_mlx.errors import UserError
+from agevlm_mlx.weights import write_weights
+from convert import source
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two shards and their index."""
+    path = tmp_path / "hf"
+    path.mkdir()
+    write_weights(path, {"a": mx.arange(8.0), "b": mx.arange(8.0) + 1}, max_shard=32)
+    return path
+
+
+def read(path: Path) -> dict[str, mx.array]:
+    with source.open_tensors(path) as tensors:
+        mx.eval(tensors)
+        return tensors
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        read(path)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def safetensors(path: Path, header: object, data: bytes = b"\0" * 32) -> Path:
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return path
+
+
+def test_shards_are_read_together(folder: Path):
+    assert len(list(folder.glob("*.safetensors"))) == 2
+    assert read(folder)["b"].tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_a_hub_snapshot_of_links(folder: Path, tmp_path: Path):
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    for number, file in enumerate(folder.iterdir()):
+        file.rename(tmp_path / f"blob{number}")
+        (snapshot / file.name).symlink_to(tmp_path / f"blob{number}")
+    assert set(read(snapshot)) == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "F32", "shape": [16], "data_offsets": [0, 64]},
+        {"dtype": "F32", "shape": [1000], "data_offsets": [0, 32]},
+        {"dtype": "F32", "shape": [8], "data_offsets": [-8, 24]},
+        {"dtype": "F32", "shape": [8], "data_offsets": [32, 0]},
+        {"dtype": "F99", "shape": [8], "data_offsets": [0, 32]},
+        {"dtype": "F32", "shape": [8]},
+    ],
+    ids=["beyond the file", "wrong size", "negative", "swapped", "unknown dtype", "no offsets"],
+)
+def test_a_header_that_lies(tmp_path: Path, entry: dict):
+    path = safetensors(tmp_path / "model.safetensors", {"a": entry})
+    assert "model.safetensors: not a readable safetensors file" in refusal(path)
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff" * 8, b"\x05\0\0\0\0\0\0\0{{{{{"])
+def test_no_safetensors_at_all(tmp_path: Path, data: bytes):
+    (tmp_path / "model.safetensors").write_bytes(data)
+    assert "not a readable safetensors file" in refusal(tmp_path)
+
+
+def test_a_truncated_shard(folder: Path):
+    shard = folder / "model-00002-of-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert "model-00002-of-00002.safetensors: not a readable" in refusal(folder)
+
+
+def test_a_missing_shard(folder: Path):
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    assert "model-00002-of-00002.safetensors: missing" in refusal(folder)
+
+
+def test_a_tensor_in_two_shards(folder: Path):
+    mx.save_safetensors(str(folder / "model-00002-of-00002.safetensors"), {"a": mx.zeros(3)})
+    assert "a is also in another shard" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd"])
+def test_an_index_that_leaves_the_folder(folder: Path, tmp_path: Path, name: str):
+    mx.save_safetensors(str(tmp_path / "secret.safetensors"), {"a": mx.zeros(3)})
+    index = {"weight_map": {"a": name}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "missing; the index names it" in refusal(folder)
+
+
+def test_nothing_is_left_after_an_error(tmp_path: Path):
+    with pytest.raises(RuntimeError), source.new_folder(tmp_path / "deep/out") as aside:
+        (aside / "file").write_text("half")
+        raise RuntimeError
+    assert list((tmp_path / "deep").iterdir()) == []
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_nothing_is_left_after_a_signal(tmp_path: Path, stop: signal.Signals):
+    with pytest.raises(KeyboardInterrupt), source.new_folder(tmp_path / "out") as aside:
+        (aside / "file").write_text("half")
+        os.kill(os.getpid(), stop)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk(tmp_path: Path, number: int):
+    with (
+        pytest.raises(UserError, match="out: no room on the disk"),
+        source.new_folder(tmp_path / "out") as aside,
+    ):
+        (aside / "file").write_text("half")
+        raise OSError(number, os.strerror(number))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_where_a_folder_should_be(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be made"), source.new_folder(tmp_path / "file/out"):
+        pass
+
+
+@pytest.mark.chaos
+def test_kill_9_leaves_no_folder_of_that_name(tmp_path: Path):
+    script = (
+        "import os, sys, pathlib; from convert import source\n"
+        "with source.new_folder(pathlib.Path(sys.argv[1])) as aside:\n"
+        "    (aside / 'config.json').write_text('half'); os.kill(os.getpid(), 9)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "out")])
+    assert done.returncode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parity
+class TestPickles:
+    """PyTorch's files, which are programs unless read with care."""
+
+    @pytest.fixture
+    def torch(self):
+        import torch
+
+        return torch
+
+    def test_values_and_dtypes(self, torch, tmp_path: Path):
+        state = {"f": torch.arange(4.0), "b": torch.arange(4).to(torch.bfloat16) / 3}
+        torch.save({"state_dict": state, "epoch": 3}, tmp_path / "pytorch_model.bin")
+        got = read(tmp_path)
+        assert got["f"].tolist() == [0, 1, 2, 3]
+        assert got["b"].dtype == mx.bfloat16
+        assert got["b"].tolist() == state["b"].tolist()
+
+    def test_the_format_before_torch_1_6(self, torch, tmp_path: Path):
+        path = tmp_path / "old.bin"
+        torch.save({"a": torch.arange(3.0)}, path, _use_new_zipfile_serialization=False)
+        assert read(path)["a"].tolist() == [0, 1, 2]
+
+    def test_code_is_not_run(self, torch, tmp_path: Path):
+        class Harmful:
+            def __reduce__(self):
+                return os.mkdir, (str(tmp_path / "ran"),)
+
+        torch.save({"a": Harmful()}, tmp_path / "pytorch_model.bin")
+        assert "not a file of plain tensors" in refusal(tmp_path)
+        assert not (tmp_path / "ran").exists()
+
+    def test_other_things_than_tensors(self, torch, tmp_path: Path):
+        torch.save({"a": [1, 2]}, tmp_path / "pytorch_model.bin")
+        assert "expected a dictionary of tensors" in refusal(tmp_path)
+
+    def test_no_pickle(self, torch, tmp_path: Path):
+        (tmp_path / "pytorch_model.bin").write_bytes(b"<html>404</html>")
+        assert "not a file of plain tensors" in refusal(tmp_path)
