@@ -211,6 +211,8 @@ def quantize(model: AgeVLM, settings: Mapping[str, Any], stored: Mapping[str, mx
     for settings that MLX has no such layers for.
     """
     common = {name: settings[name] for name in ("group_size", "bits", "mode") if name in settings}
+    if not {"group_size", "bits"} <= common.keys():
+        raise UserError(f"quantization: expected group_size and bits, got {list(settings)[:4]}")
 
     def choose(path: str, module: nn.Module) -> bool | dict[str, Any]:
         if f"{path}.scales" not in stored or not hasattr(module, "to_quantized"):

@@ -54,10 +54,10 @@ class Difference:
         gap = mx.where((a == b) | (mx.isnan(a) & mx.isnan(b)), 0.0, gap)
         gap = mx.where(mx.isnan(gap), mx.inf, gap)
         p, q = (x - mx.logsumexp(x, axis=-1, keepdims=True) for x in (a, b))
-        same = mx.mean(a.argmax(-1) == b.argmax(-1))
+        same = mx.sum(a.argmax(-1) == b.argmax(-1))
         kl = (mx.exp(p) * (p - q)).sum(-1).mean()
         old, new = self.positions, self.positions + len(a)
-        self.top1 = (self.top1 * old + cast(float, same.item()) * len(a)) / new
+        self.top1 = (self.top1 * old + cast(int, same.item())) / new
         self.kl = (self.kl * old + cast(float, kl.item()) * len(a)) / new
         self.largest = max(self.largest, cast(float, gap.max().item()))
         self.positions = new

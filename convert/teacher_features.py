@@ -5,9 +5,9 @@ One file an image: .npy, .npz, or .pt as PyTorch saves a tensor, with SAM's embe
 right and below as SAM does it (`SamPredictor.get_image_embedding`). A file is found by its name:
 for images/cat.jpg it is images/cat.npy, images/cat.jpg.npy, cat.npy or cat.jpg.npy.
 
-Masks are taken from the data where its phrases have them, else from --masks, a store that
-`agevlm teach` made of the same data; that store is left as it is. Interrupt and repeat at will:
-the same command continues where it stopped.
+Masks are those of the data's own phrases. Where a box or a point has none, pass --masks with the
+store that `agevlm teach` made of this data: all masks come from there, and it is left as it is.
+Interrupt and repeat at will: the same command continues where it stopped.
 
 examples:
   agevlm-convert teacher-features --features sam-features --data coco --model runs/mine \\

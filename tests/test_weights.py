@@ -140,7 +140,7 @@ def test_an_interrupted_save_leaves_no_config(tmp_path, saved, tokenizer, monkey
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(weights, "write_shards", full)
+    monkeypatch.setattr(weights, "write_weights", full)
     with pytest.raises(OSError, match="No space"):
         weights.save_model(tmp_path / "new", model, tokenizer, preprocessor, "")
     assert list((tmp_path / "new").iterdir()) == []

@@ -102,6 +102,27 @@ def test_the_exported_model_gives_our_logits(tmp_path: Path, python: Any):
     assert not any(entry.is_trimmable() for entry in cache if entry.vision is not None)
 
 
+def test_the_tokenizer_adds_nothing_to_the_chat_template(python: Any):
+    class Tokenizer:
+        def __call__(self, text: str, **options: Any) -> dict[str, Any]:
+            return options
+
+        def apply_chat_template(self, messages: Any, **options: Any) -> dict[str, Any]:
+            return options
+
+    tokenizer = Tokenizer()
+    found = python(export.model_source("agevlm_vit", "mlp"))._plain_tokenizer(tokenizer)
+    assert found("a", add_special_tokens=True, padding=True) == {
+        "add_special_tokens": False,
+        "padding": True,
+    }
+    assert found.apply_chat_template([], tokenize=False, enable_thinking=False) == {
+        "tokenize": False
+    }
+    assert found.apply_chat_template([], enable_thinking=True) == {"enable_thinking": True}
+    assert type(found).__name__ == "Tokenizer"
+
+
 def test_dry_run_and_bad_arguments_write_nothing(tmp_path: Path, capsys: Any):
     assert exported(tmp_path / "out", "--dry-run") == 0
     assert "nothing written" in capsys.readouterr().out

@@ -37,8 +37,8 @@ sys.modules["agevlm_mlx"] = None
 """
 #: Every folder with every question: alone, about two pictures, batched and continued.
 ASK = """
-import mlx.core as mx
-from mlx_vlm import generate, load
+from mlx_vlm import load
+from mlx_vlm.apc import model_supports_apc
 from mlx_vlm.generate import BatchGenerator, PromptCacheState, batch_generate, generate
 from mlx_vlm.prompt_utils import apply_chat_template, get_message_json
 from mlx_vlm.utils import prepare_inputs
@@ -53,6 +53,7 @@ for folder, (model, processor) in loaded.items():
         return generate(model, processor, prompt, image=images, **options).token_ids
 
     own = result[folder] = {}
+    own["prefix cache"] = model_supports_apc(model.language_model)
     own["ids"] = []
     for images in (None, pictures[:1]):  # mlx-vlm tokenises text without images by itself
         prompt = apply_chat_template(processor, model.config, questions[0], num_images=0)
@@ -225,6 +226,7 @@ def _ascii(text: str) -> str:
 def test_another_picture_does_not_continue_from_a_cached_prompt(kind: str, answers: Any):
     found = answers[kind]
     assert found["conversation"] == found["fresh conversation"]
+    assert found["prefix cache"] is False
 
 
 def test_a_long_prompt_in_parts_and_a_quantised_cache_see_the_image(answers: Any):

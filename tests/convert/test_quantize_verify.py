@@ -1,5 +1,6 @@
 """`agevlm-convert quantize` and `verify`."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -7,8 +8,13 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
-from agevlm_mlx.weights import load, read_weights
+from agevlm_mlx.config import read_json
+from agevlm_mlx.errors import UserError
+from agevlm_mlx.models.agevlm import AgeVLM
+from agevlm_mlx.weights import load, read_weights, shipped
+from agevlm_mlx.weights import quantize as quantize_as_stored
 from convert import __main__ as cli
+from convert.quantize import layers_by_bits, quantize_model
 from convert.verify import differences
 
 
@@ -57,7 +63,7 @@ def test_only_the_language_model_changes(copy, tmp_path):
 def test_quantised_twice_is_an_error(copy, tmp_path, capsys):
     assert quantize(copy, tmp_path / "q8") == 0
     assert quantize(tmp_path / "q8", tmp_path / "again") == 2
-    assert "already quantised" in capsys.readouterr().err
+    assert "quantised already" in capsys.readouterr().err
     assert not (tmp_path / "again").exists()
 
 
@@ -119,3 +125,124 @@ def test_sizes_are_told(copy, tmp_path, capsys):
     assert "MB became" in told
     parameters = dict(tree_flatten(load(tmp_path / "q4").model.parameters()))
     assert f"{sum(a.nbytes for a in parameters.values()) / 1e6:.1f} MB" in told
+
+
+def test_a_recipe_gives_more_bits_where_it_matters(copy, tmp_path):
+    arguments = ["quantize", "--model", str(copy), "--mlx-path", str(tmp_path / "q")]
+    assert cli.main([*arguments, "--q-recipe", "mixed_4_8", "--q-group-size", "32"]) == 0
+    model = load(tmp_path / "q").model
+    prefix = "language_model.model."
+    high = [
+        f"{prefix}layers.2.cross_attn.v_proj",
+        f"{prefix}layers.2.mlp.down_proj",
+        f"{prefix}layers.2.self_attn.v_proj",
+    ]
+    layers = layers_by_bits(model)
+    [output] = [path for path in layers[8] if ".layers." not in path]
+    assert output.rpartition(".")[2] in ("lm_head", "embed_tokens")
+    assert sorted([output, *high]) == sorted(layers[8])
+    config = read_json(tmp_path / "q/config.json")
+    own = {"bits": 8, "group_size": 32}
+    assert config["quantization"] == dict.fromkeys(layers[8], own) | {"bits": 4, "group_size": 32}
+    assert config["quantization_config"] == config["quantization"]
+
+
+def test_layers_that_do_not_fit_are_named(copy, tmp_path, capsys):
+    config = read_json(copy / "config.json")
+    assert config["text_config"]["hidden_size"] == 32
+    assert quantize(copy, tmp_path / "q", group=64) == 0  # only down_proj is 64 wide
+    assert "27 kept, their width is no multiple: language_model." in capsys.readouterr().out
+    assert layers_by_bits(load(tmp_path / "q").model)[8] == [
+        f"language_model.model.layers.{i}.mlp.down_proj" for i in (2, 1, 0)
+    ]
+
+
+@pytest.mark.parametrize("settings", [{}, {"bits": 7, "group_size": 32}, {"bits": "4"}])
+def test_settings_that_mlx_does_not_have(copy, tmp_path, settings, capsys):
+    assert quantize(copy, tmp_path / "q") == 0
+    config = read_json(tmp_path / "q/config.json") | {"quantization": {"x": 1, **settings}}
+    with pytest.raises(UserError):
+        quantize_as_stored(
+            AgeVLM(load(copy).model.config), config["quantization"], read_weights(tmp_path / "q")
+        )
+
+
+def test_dequantised_weights_compute_the_same(copy, tmp_path):
+    assert quantize(copy, tmp_path / "q", 4) == 0
+    arguments = ["dequantize", "--model", str(tmp_path / "q"), "--mlx-path", str(tmp_path / "f")]
+    assert cli.main(arguments) == 0
+    assert disagreement(tmp_path / "q", tmp_path / "f") < 1e-5
+    assert disagreement(copy, tmp_path / "f") > 1e-3
+    before, after = read_weights(copy), read_weights(tmp_path / "f")
+    assert {k: v.shape for k, v in before.items()} == {k: v.shape for k, v in after.items()}
+    assert "quantization" not in read_json(tmp_path / "f/config.json")
+    assert cli.main(["verify", str(tmp_path / "q"), str(tmp_path / "f"), "--logits",
+                     "--images", "1", "--atol", "1e-4"]) == 0  # fmt: skip
+
+
+def test_nothing_to_dequantise(copy, tmp_path, capsys):
+    out = tmp_path / "f"
+    assert cli.main(["dequantize", "--model", str(copy), "--mlx-path", str(out)]) == 2
+    assert "not quantised" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_verify_sees_the_low_bits_of_packed_weights():
+    a, b = mx.array([2**31], mx.uint32), mx.array([2**31 + 1], mx.uint32)
+    lines, largest = differences({"k": a}, {"k": b})
+    assert lines == ["value: k differs by up to 1"]
+    assert largest == 1
+
+
+def test_verify_reads_the_settings_too(copy, tiny_checkpoint, capsys):
+    config = read_json(copy / "config.json")
+    config["text_config"]["rms_norm_eps"] = 0.1
+    (copy / "config.json").write_text(json.dumps(config))
+    assert cli.main(["verify", str(tiny_checkpoint), str(copy), "--json"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert told["differences"] == ["config: text_config.rms_norm_eps is 1e-05 in A and 0.1 in B"]
+    assert cli.main(["verify", str(tiny_checkpoint), str(copy), "--logits", "--images", "1"]) == 1
+
+
+def test_the_same_model_computes_the_same(copy, tiny_checkpoint, capsys):
+    arguments = ["verify", str(tiny_checkpoint), str(copy), "--logits", "--images", "2", "--json"]
+    assert cli.main(arguments) == 0
+    rows = json.loads(capsys.readouterr().out)["logits"]
+    assert len(rows) == 3
+    assert all(r["top1"] == 1 and r["largest"] == 0 and r["positions"] > 0 for r in rows)
+
+
+def test_encoder_folders(tmp_path, capsys):
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        shutil.copytree(shipped("encoder"), folder)
+        (folder / "config.json").write_text('{"model_type": "agevlm_vit", "image_size": 64}')
+        shutil.copy(shipped("model") / "preprocessor_config.json", folder)
+    arguments = ["verify", *map(str, folders), "--logits", "--images", "1"]
+    assert cli.main(arguments) == 0
+    weights = read_weights(folders[1])
+    mx.eval(weights)
+    key = sorted(weights)[0]
+    changed = weights | {key: weights[key] + 1}
+    mx.save_safetensors(str(folders[1] / "model.safetensors"), changed)
+    assert cli.main(arguments) == 1
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize(
+    ("flags", "top1"),
+    [(["--q-bits", "8"], 0.99), (["--q-bits", "4"], 0.95), (["--q-recipe", "mixed_4_8"], 0.98)],
+)
+def test_the_embedded_model_keeps_its_words(tmp_path, flags, top1, capsys):
+    model, out = str(shipped("model")), str(tmp_path / "q")
+    assert cli.main(["quantize", "--model", model, "--mlx-path", out, *flags]) == 0
+    arguments = ["verify", model, out, "--logits", "--images", "40", "--min-top1", str(top1)]
+    assert cli.main(arguments) == 0, capsys.readouterr().out
+
+
+def test_quantising_evaluates_nothing(copy):
+    loaded = load(copy, lazy=True)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    quantize_model(loaded.model, 4, 32)
+    assert mx.get_active_memory() - before < 4096

@@ -130,12 +130,15 @@ def encoder(out: Path, *arguments: object) -> Any:
 @pytest.mark.parametrize("resolution", RESOLUTIONS, ids=["64px", "112px"])
 @pytest.mark.parametrize("tower", TOWERS, ids=["small", "large"])
 def test_meta_and_hugging_face(
-    meta, hugging_face, tower, resolution, token_error, parity, tmp_path, capsys
+    meta, transformers, hugging_face, tower, resolution, token_error, parity, tmp_path, capsys
 ):
     sam = meta(**tower, **resolution)
     model = hugging_face(sam, tower, resolution)
-    model.save_pretrained(tmp_path / "hf")
     size = resolution["image_size"]
+    model.save_pretrained(tmp_path / "hf")
+    transformers.SamImageProcessor(
+        size={"longest_edge": size}, pad_size={"height": size, "width": size}
+    ).save_pretrained(tmp_path / "hf")
     checkpoint = save(sam, tmp_path / "sam.pth")
     ours = encoder(tmp_path / "meta", "--checkpoint", checkpoint)
     error = token_error(ours, tokens(sam.image_encoder), size)

@@ -58,6 +58,21 @@ def test_a_hub_snapshot_of_links(folder: Path, tmp_path: Path):
     assert set(read(snapshot)) == {"a", "b"}
 
 
+def test_copying_holds_one_tensor_at_a_time(tmp_path: Path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out").mkdir()
+    tensors = {f"t{i}": mx.full((1 << 18,), i, mx.float32) for i in range(8)}  # 1 MiB each
+    write_weights(tmp_path / "in", tensors, max_shard=2 << 20)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    with source.open_tensors(tmp_path / "in") as opened:
+        doubled = {key: opened.pop(key) * 2 for key in list(opened)}
+        write_weights(tmp_path / "out", doubled)
+    assert mx.get_peak_memory() - before <= 2.5 * (1 << 20)  # a tensor and what it came from
+    assert read(tmp_path / "out")["t7"][0].item() == 14
+
+
 @pytest.mark.parametrize(
     "entry",
     [
@@ -105,29 +120,32 @@ def test_an_index_that_leaves_the_folder(folder: Path, tmp_path: Path, name: str
     assert "missing; the index names it" in refusal(folder)
 
 
-def test_nothing_is_left_after_an_error(tmp_path: Path):
-    with pytest.raises(RuntimeError), source.new_folder(tmp_path / "deep/out") as aside:
+def write(path: Path, end: Exception | signal.Signals) -> None:
+    """Half a folder, then an error or a signal."""
+    with source.new_folder(path) as aside:
         (aside / "file").write_text("half")
-        raise RuntimeError
+        if isinstance(end, Exception):
+            raise end
+        os.kill(os.getpid(), end)
+
+
+def test_nothing_is_left_after_an_error(tmp_path: Path):
+    with pytest.raises(RuntimeError):
+        write(tmp_path / "deep/out", RuntimeError())
     assert list((tmp_path / "deep").iterdir()) == []
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_nothing_is_left_after_a_signal(tmp_path: Path, stop: signal.Signals):
-    with pytest.raises(KeyboardInterrupt), source.new_folder(tmp_path / "out") as aside:
-        (aside / "file").write_text("half")
-        os.kill(os.getpid(), stop)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "out", stop)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 def test_a_full_disk(tmp_path: Path, number: int):
-    with (
-        pytest.raises(UserError, match="out: no room on the disk"),
-        source.new_folder(tmp_path / "out") as aside,
-    ):
-        (aside / "file").write_text("half")
-        raise OSError(number, os.strerror(number))
+    with pytest.raises(UserError, match="out: no room on the disk"):
+        write(tmp_path / "out", OSError(number, os.strerror(number)))
     assert list(tmp_path.iterdir()) == []
 
 
