@@ -20,7 +20,7 @@ import yaml
 
 from agevlm_mlx.config import read_json
 from agevlm_mlx.errors import UserError
-from agevlm_mlx.weights import TEACHER_PREFIX, load, read_weights
+from agevlm_mlx.weights import load
 
 from . import source
 
@@ -61,13 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def checked_files(folder: Path) -> list[Path]:
     """The files to publish; ``UserError`` when `folder` is no complete checkpoint, holds the
     teacher's side of the training, or files that do not belong to one."""
-    load(folder, lazy=True)
-    teacher = [key for key in read_weights(folder) if key.startswith(TEACHER_PREFIX)]
-    if teacher:
-        raise UserError(
-            f"{folder}: holds the teacher's heads ({teacher[0]}); "
-            "publish the checkpoint at the end of the run, not a step of it"
-        )
+    load(folder, lazy=True)  # refuses the teacher's heads, as any tensor that is not the model's
     index = folder / "model.safetensors.index.json"
     weights = {"model.safetensors"}
     if index.is_file():

@@ -100,6 +100,11 @@ def test_the_exported_model_gives_our_logits(tmp_path: Path, python: Any):
     logits = model.look_and_read(ids, cache, model.encode_image(pixels), shown)
     assert np.array_equal(logits, ours(ids, ours.see(pixels)))
     assert not any(entry.is_trimmable() for entry in cache if entry.vision is not None)
+    # The second row of a batch has no image, whatever stands in its place.
+    rows = [entry.to_batch([0, 0]) for entry in model.make_cache()]
+    z_img = mx.repeat(model.encode_image(pixels), 2, axis=0)
+    both = model.look_and_read(mx.repeat(ids, 2, axis=0), rows, z_img, mx.array([True, False]))
+    assert np.allclose(both, np.concatenate([logits, ours(ids)]), atol=1e-4)
 
 
 def test_the_tokenizer_adds_nothing_to_the_chat_template(python: Any):

@@ -78,7 +78,7 @@ for folder, (model, processor) in loaded.items():
     # Rows of one prefill with and without images, and one that joins the batch later.
     generator = BatchGenerator(model.language_model, processor, prefill_batch_size=2,
                                completion_batch_size=4, compute_logprobs=False)
-    rows, tokens, steps = [(0, 1), (1, 2), (None, 1), (0, 0)], {}, 0
+    rows, tokens, steps = [(0, 1), (1, 2), (None, 0), (0, 1)], {}, 0
     def insert(picture, question):
         prompt = apply_chat_template(processor, model.config, questions[question], num_images=0)
         images = None if picture is None else [pictures[picture]]
@@ -206,7 +206,7 @@ def test_greedy_tokens_are_ours(
 def test_rows_of_a_batch_keep_their_own_image(kind: str, answers: Any):
     found = answers[kind]
     one, none = found["one"], found["none"]
-    assert found["rows"] == [one[1][0], one[2][1], none[1], one[0][0]]
+    assert found["rows"] == [one[1][0], one[2][1], none[0], one[1][0]]
 
 
 @pytest.mark.parametrize("kind", KINDS)

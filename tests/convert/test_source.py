@@ -69,7 +69,8 @@ def test_copying_holds_one_tensor_at_a_time(tmp_path: Path):
     with source.open_tensors(tmp_path / "in") as opened:
         doubled = {key: opened.pop(key) * 2 for key in list(opened)}
         write_weights(tmp_path / "out", doubled)
-    assert mx.get_peak_memory() - before <= 2.5 * (1 << 20)  # a tensor and what it came from
+    # A shard and a tensor; all eight would be 8 MiB. The factor 2 itself takes a few bytes.
+    assert mx.get_peak_memory() - before <= (3 << 20) + 64
     assert read(tmp_path / "out")["t7"][0].item() == 14
 
 
