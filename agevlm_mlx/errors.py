@@ -13,6 +13,11 @@ class UserError(ValueError):
     """Bad input. The message is one line: what was expected, what was found, what to do."""
 
 
+def one_line(error: BaseException) -> str:
+    """What another library's error says, in one line of at most 200 characters."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 def command(main: Callable[P, int]) -> Callable[P, int]:
     """Turn the errors a user can cause into one line on stderr and an exit status.
 

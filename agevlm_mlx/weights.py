@@ -19,7 +19,8 @@ from mlx_lm.tokenizer_utils import load as mlx_lm_load_tokenizer
 
 from .config import ModelConfig, from_dict, read_json, to_dict
 from .data.image import Preprocessor
-from .errors import UserError
+from .errors import UserError, one_line
+from .hub import download
 from .models.agevlm import AgeVLM
 from .models.vision import fitted
 
@@ -60,21 +61,8 @@ def resolve(source: str | Path | None) -> Path:
         raise UserError(
             f"{path}: no such folder; pass a checkpoint folder or a hub id like org/name"
         )
-    return _download(text)
-
-
-def _download(repo: str) -> Path:
-    from huggingface_hub import snapshot_download
-
     patterns = ["*.json", "model*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]
-    try:
-        return Path(snapshot_download(repo, allow_patterns=patterns))
-    except Exception as error:  # the hub's client raises a dozen kinds of its own
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"{repo}: not a folder here, and not downloaded from the hub ({reason}); "
-            "offline, pass the path of a folder"
-        ) from None
+    return download(text, patterns)
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -88,7 +76,9 @@ def read_config(folder: Path) -> ModelConfig:
         raise UserError(
             f"{path}: expected model_type 'agevlm', got {kind!r}; this is another model"
         )
-    data.pop("quantization_config", None)  # a copy of `quantization`, for the hub's pages
+    # A copy of `quantization` for the hub's pages, and what an export says to other programs.
+    for name in ("quantization_config", "model_file", "image_token_id"):
+        data.pop(name, None)
     return from_dict(ModelConfig, data, str(path))
 
 
@@ -223,9 +213,8 @@ def quantize(model: AgeVLM, settings: Mapping[str, Any], stored: Mapping[str, mx
     try:
         nn.quantize(model, class_predicate=choose)
     except (TypeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"quantization: expected group_size and bits as mlx-lm writes them: {reason}"
+            f"quantization: expected group_size and bits as mlx-lm writes them: {one_line(error)}"
         ) from None
 
 

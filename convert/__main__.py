@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from agevlm_mlx.errors import command
+from agevlm_mlx.parallel import terminate_as_interrupt
 
 from . import (
     assemble,
@@ -63,7 +64,8 @@ def main(argv: list[str] | None = None) -> int:
         module.add_arguments(sub)
         sub.set_defaults(run=module.run)
     args = parser.parse_args(argv)
-    return args.run(args)
+    with terminate_as_interrupt():  # what was begun in a temporary folder goes
+        return args.run(args)
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     if args.to not in _TARGETS:
         raise UserError(f"--to: expected {' or '.join(_TARGETS)}, got {args.to!r}")
     source.check_free(args.mlx_path)
-    loaded = load(args.model)
+    loaded = load(args.model, lazy=True)
     config = loaded.model.config
     text = model_source(config.vision_config["model_type"], config.fusion_config.projector)
     prompt = prompt_ids(loaded.tokenizer, [Turn("user", "?")])

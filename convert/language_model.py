@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import load_config
 
 from agevlm_mlx.config import read_json
-from agevlm_mlx.errors import UserError
+from agevlm_mlx.errors import UserError, one_line
 from agevlm_mlx.models.graft import build_language_model
 from agevlm_mlx.weights import check_shapes, load_tokenizer
 
@@ -90,6 +90,11 @@ def open_language_model(where: str) -> Iterator[LanguageModel]:
                 ),
             )
         check_shapes(model, weights, folder)
+        for name, own in parameters(model).items():
+            dtype = weights[name].dtype
+            # `model` has integers exactly where mlx-lm's own quantisation packs weights in them.
+            if dtype != own.dtype and not _both_floating(dtype, own.dtype):
+                raise source.unreadable(folder, name, dtype)
         text_config = {k: v for k, v in config.items() if k not in _NOT_KEPT}
         tokenizer = _tokenizer(folder)
         yield LanguageModel(weights, text_config, tokenizer, quantization, _dtype(weights))
@@ -131,8 +136,11 @@ def _tokenizer(folder: Path) -> Any:
         try:
             return load_tokenizer(Path(alone))
         except Exception as error:  # transformers raises what its converters raise
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{folder}: its tokenizer cannot be read: {reason}") from None
+            raise UserError(f"{folder}: its tokenizer cannot be read: {one_line(error)}") from None
+
+
+def _both_floating(a: mx.Dtype, b: mx.Dtype) -> bool:
+    return mx.issubdtype(a, mx.floating) and mx.issubdtype(b, mx.floating)
 
 
 def _dtype(weights: Mapping[str, mx.array]) -> mx.Dtype:

@@ -7,6 +7,7 @@ text does. The same seeds give the same inputs every time.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,6 +29,9 @@ from agevlm_mlx.weights import Loaded, assign, read_weights
 _SEED = 20_260
 #: Texts that are asked about a picture: its caption and these many of its questions.
 _QUESTIONS = 7
+#: Pictures that are looked at together, fewer where their logits would be more than so many;
+#: about as many tokens has a text.
+_BATCH, _LOGITS, _ROW = 20, 1 << 28, 64
 #: Rows and length of the random tokens.
 _RANDOM = (4, 32)
 
@@ -93,26 +97,29 @@ def compare_logits(a: Loaded, b: Loaded, n: int) -> list[Difference]:
     seen, blind, random = map(
         Difference, ("answers, image seen", "answers, text alone", "random tokens, image seen")
     )
-    noise = np.random.default_rng(_SEED).integers(0, a.model.args.vocab_size, _RANDOM)
-    for number, (picture, texts) in enumerate(pictures(n)):
-        pixels = [mx.array(m.preprocessor(picture)[0])[None] for m in (a, b)]
-        ids, answered = _batch(a.tokenizer, texts)
-        seen.add(*(_logits(m.model, p, ids)[answered] for m, p in zip((a, b), pixels, strict=True)))
-        blind.add(*(m.model(ids)[answered] for m in (a, b)))
-        if number == 0:
-            everywhere = (slice(None), slice(None))
+    vocabulary = a.model.args.vocab_size
+    size = max(1, min(_BATCH, _LOGITS // (vocabulary * _ROW * (1 + _QUESTIONS))))
+    held_out = pictures(n)
+    for start in range(0, n, size):
+        images, groups = zip(*islice(held_out, size), strict=True)
+        pixels = [mx.array(np.stack([m.preprocessor(i)[0] for i in images])) for m in (a, b)]
+        if start == 0:
+            noise = mx.array(np.random.default_rng(_SEED).integers(0, vocabulary, _RANDOM))
             random.add(
                 *(
-                    _logits(m.model, p, mx.array(noise))[everywhere].flatten(0, 1)
+                    _logits(m.model, p[:1], noise).flatten(0, 1)
                     for m, p in zip((a, b), pixels, strict=True)
                 )
             )
+        ids, answered = _batch(a.tokenizer, [text for texts in groups for text in texts])
+        seen.add(*(_logits(m.model, p, ids)[answered] for m, p in zip((a, b), pixels, strict=True)))
+        blind.add(*(m.model(ids)[answered] for m in (a, b)))
     return [seen, blind, random]
 
 
 def _logits(model: Any, pixels: mx.array, ids: mx.array) -> mx.array:
     z_img = model.project(model.encode(pixels))
-    return model(ids, cache=model.look(z_img, texts=len(ids)))
+    return model(ids, cache=model.look(z_img, texts=len(ids) // len(pixels)))
 
 
 def _batch(tokenizer: Any, texts: list[tuple[Turn, ...]]) -> tuple[mx.array, tuple]:

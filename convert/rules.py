@@ -9,7 +9,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from agevlm_mlx.errors import UserError
+from agevlm_mlx.errors import UserError, one_line
+
+from .source import unreadable
 
 #: Keys that an error message lists before "and N more".
 _SHOWN = 8
@@ -51,7 +53,7 @@ def apply(
     """Our tensors (lazy, as the given ones are), and how many were left out for which reason.
 
     ``UserError`` lists the keys that no rule matches, or more than one, and names that two
-    keys lead to.
+    keys lead to, or the first key kept whose numbers are no floating-point ones.
     """
     compiled = [(re.compile(rule.pattern), rule) for rule in rules]
     ours: dict[str, mx.array] = {}
@@ -66,14 +68,15 @@ def apply(
         if rule.to is None:
             dropped[rule.drop or ""] += 1
             continue
+        if not mx.issubdtype(value.dtype, mx.floating):  # FP8 reads as uint8
+            raise unreadable(where, key, value.dtype)
         name = match.expand(rule.to)
         if name in ours:
             raise UserError(f"{where}: two keys name one tensor, {name}; the second is {key}")
         try:
             ours[name] = value if rule.change is None else rule.change(value)
         except (ValueError, IndexError) as error:  # a kernel with other dimensions, for example
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"{where}: {key} of shape {value.shape}: {reason}") from None
+            raise UserError(f"{where}: {key} of shape {value.shape}: {one_line(error)}") from None
     if wrong:
         more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
         raise UserError(

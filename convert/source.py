@@ -5,15 +5,15 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from agevlm_mlx.config import read_json
-from agevlm_mlx.errors import UserError
-from agevlm_mlx.parallel import terminate_as_interrupt
+from agevlm_mlx.errors import UserError, one_line
+from agevlm_mlx.hub import download
 from agevlm_mlx.weights import write_safetensors
 
 #: Weight files in the order of preference: safetensors first, open_clip's own names last.
@@ -24,6 +24,8 @@ WEIGHT_FILES = (
     "open_clip_pytorch_model.bin",
 )
 
+_CONFIGS_AND_SAFETENSORS = ("*.json", "model*.safetensors", "open_clip_model.safetensors")
+_CONFIGS_AND_PICKLES = ("*.json", "pytorch_model*.bin", "open_clip_pytorch_model.bin")
 #: No space, over quota, over the size that a file may have.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -40,20 +42,9 @@ def locate(source: str, *more: str) -> Path:
         raise UserError(f"{path}: expected a checkpoint folder, got a file; pass its folder")
     if source.count("/") != 1 or source.startswith((".", "/", "~")):
         raise UserError(f"{path}: no such folder; pass a folder or a hub id like org/name")
-    from huggingface_hub import snapshot_download
-
-    safe = ["*.json", "model*.safetensors", "open_clip_model.safetensors", *more]
-    pickled = ["*.json", "pytorch_model*.bin", "open_clip_pytorch_model.bin", *more]
-    try:
-        folder = Path(snapshot_download(source, allow_patterns=safe))
-        if not list(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(source, allow_patterns=pickled))
-    except Exception as error:  # the hub's client raises a dozen kinds of its own
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"{source}: not a folder here, and not downloaded from the hub ({reason}); offline, "
-            "pass the path of a folder with its config.json and model.safetensors"
-        ) from None
+    folder = download(source, [*_CONFIGS_AND_SAFETENSORS, *more])
+    if not list(folder.glob("*.safetensors")):
+        folder = download(source, [*_CONFIGS_AND_PICKLES, *more])
     return folder
 
 
@@ -66,18 +57,48 @@ def open_tensors(path: Path) -> Iterator[dict[str, mx.array]]:
     one shard at a time. Entries should be taken out of the dictionary as they are used, so
     that memory never holds more than one of them.
     """
-    with tempfile.TemporaryDirectory(prefix="agevlm-convert-") as scratch:
+    with ExitStack() as stack:
+        scratch: Path | None = None
         tensors: dict[str, mx.array] = {}
         for file in _weight_files(path):
             part = file
             if file.suffix != ".safetensors":
-                part = Path(scratch) / f"{file.name}.safetensors"
-                write_safetensors(part, _pickle(file))
+                scratch = scratch or stack.enter_context(_scratch(file))
+                part = _unpacked(file, scratch)
             for key, value in _safetensors(part, file).items():
                 if key in tensors:
                     raise UserError(f"{file}: {key} is also in another shard")
                 tensors[key] = value
         yield tensors
+
+
+@contextmanager
+def _scratch(file: Path) -> Iterator[Path]:
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="agevlm-convert-")
+    except OSError as error:
+        raise UserError(
+            f"{file}: is unpacked in the temporary folder, which cannot be written "
+            f"({error.strerror}); set TMPDIR to one that can"
+        ) from None
+    with folder as name:
+        yield Path(name)
+
+
+def _unpacked(file: Path, scratch: Path) -> Path:
+    """A pickle's tensors as a safetensors file."""
+    part = scratch / f"{file.name}.safetensors"
+    tensors = _pickle(file)
+    try:
+        write_safetensors(part, tensors)
+    except OSError as error:
+        if not _no_room(error):
+            raise
+        raise UserError(
+            f"{file}: no room to unpack it in {scratch.parent} ({error.strerror}); free some or "
+            "set TMPDIR to a folder on another disk; nothing was left behind"
+        ) from None
+    return part
 
 
 def _weight_files(path: Path) -> list[Path]:
@@ -119,6 +140,15 @@ def metadata(path: Path) -> dict[str, str]:
     return dict(table)
 
 
+def unreadable(where: object, key: object, dtype: object) -> UserError:
+    """What to say of a tensor whose values are no plain floating-point numbers."""
+    return UserError(
+        f"{where}: expected floating-point numbers, got {key} as "
+        f"{str(dtype).rpartition('.')[2]} (FP8 or quantised weights are not read); take the "
+        "bfloat16 or full-precision checkpoint"
+    )
+
+
 def unpickle(path: Path) -> Any:
     """What a PyTorch pickle holds, if that is tensors and plain containers alone; anything
     that would run code is refused unread."""
@@ -135,8 +165,7 @@ def unpickle(path: Path) -> Any:
         except RuntimeError:  # a file of torch before 1.6 cannot be mapped
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip and torch errors alike: the file is not usable
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{path}: not a file of plain tensors: {reason}") from None
+        raise UserError(f"{path}: not a file of plain tensors: {one_line(error)}") from None
 
 
 def _pickle(path: Path) -> dict[str, mx.array]:
@@ -148,20 +177,24 @@ def _pickle(path: Path) -> dict[str, mx.array]:
     if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
         raise UserError(f"{path}: expected a dictionary of tensors")
 
-    def array(tensor: Any) -> mx.array:
-        tensor = tensor.detach().contiguous()
+    def array(key: object, tensor: Any) -> mx.array:
         if tensor.dtype == torch.bfloat16:  # numpy has none
-            return mx.array(tensor.view(torch.int16).numpy()).view(mx.bfloat16)
-        return mx.array(tensor.numpy())
+            bits = tensor.detach().contiguous().view(torch.int16)
+            return mx.array(bits.numpy()).view(mx.bfloat16)
+        try:
+            if tensor.is_complex():
+                raise TypeError
+            return mx.array(tensor.detach().contiguous().numpy())
+        except TypeError:  # FP8, sparse, quantised by torch
+            raise unreadable(path, key, tensor.dtype) from None
 
     # Taken out one by one: a file of torch before 1.6 is in memory, and shrinks as ours grows.
-    return {str(key): array(state.pop(key)) for key in list(state)}
+    return {str(key): array(key, state.pop(key)) for key in list(state)}
 
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `path` when the block ends well, and vanishes if not, also
-    when the process is told to end (Ctrl-C, SIGTERM).
+    """A temporary folder that becomes `path` when the block ends well, and vanishes if not.
 
     ``UserError`` when `path` already holds something, cannot be made, or the disk is full.
     """
@@ -172,23 +205,30 @@ def new_folder(path: Path) -> Iterator[Path]:
     except OSError as error:  # a file where a folder should be, no rights, a read-only disk
         raise UserError(f"{path}: cannot be made: {error.strerror}; pass another folder") from None
     try:
-        with terminate_as_interrupt():
-            aside.chmod(0o755)  # mkdtemp makes it private
-            yield aside
-            for file in aside.rglob("*"):
-                if file.is_file():
-                    with open(file, "rb+") as opened:
-                        os.fsync(opened.fileno())
-            os.replace(aside, path)
-    except OSError as error:
-        if error.errno not in _NO_ROOM:
+        aside.chmod(0o755)  # mkdtemp makes it private
+        yield aside
+        for file in aside.rglob("*"):
+            if file.is_file():
+                with open(file, "rb+") as opened:
+                    os.fsync(opened.fileno())
+        os.replace(aside, path)
+    except Exception as error:
+        if not _no_room(error):
             raise
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"{path}: no room on the disk ({error.strerror}); free some or pass a folder on "
-            "another one; nothing was left behind"
+            f"{path}: no room on the disk ({reason}); free some or pass a folder on another one; "
+            "nothing was left behind"
         ) from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _no_room(error: Exception) -> bool:
+    """Whether a disk was full: in Python's words, or those of the tokenizers' library."""
+    if isinstance(error, OSError):
+        return error.errno in _NO_ROOM
+    return any(str(error).endswith(f"(os error {number})") for number in _NO_ROOM)
 
 
 def check_free(path: Path) -> None:

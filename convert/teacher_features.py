@@ -29,7 +29,7 @@ import numpy as np
 from agevlm_mlx import teach
 from agevlm_mlx.data.image import Preprocessor
 from agevlm_mlx.data.records import read_records
-from agevlm_mlx.errors import UserError
+from agevlm_mlx.errors import UserError, one_line
 from agevlm_mlx.sam.labelling import Job, Labelled, collect, pool, read_image
 from agevlm_mlx.sam.store import Store, StoreMeta, StoreWriter, file_sha256
 from agevlm_mlx.training.labels import root
@@ -150,8 +150,7 @@ def _load(path: Path) -> Any:
         with loaded:
             return dict(loaded)
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else "it is cut off"
-        raise UserError(f"{path}: not a readable {path.suffix} file: {reason}") from None
+        raise UserError(f"{path}: not a readable {path.suffix} file: {one_line(error)}") from None
 
 
 def _from_torch(value: Any, path: Path) -> np.ndarray:

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from agevlm_mlx.config import read_json
-from agevlm_mlx.errors import UserError
+from agevlm_mlx.errors import UserError, one_line
 from agevlm_mlx.weights import load
 
 from . import source
@@ -90,8 +90,7 @@ def completed_card(text: str, license: str | None = None, bases: Sequence[str] =
     try:
         front: Any = (yaml.safe_load(match[1]) or {}) if match else {}
     except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"README.md: its front matter is not YAML: {reason}") from None
+        raise UserError(f"README.md: its front matter is not YAML: {one_line(error)}") from None
     if not isinstance(front, dict):
         raise UserError("README.md: expected a table between the two lines of ---")
     tags = front.get("tags") or []
@@ -160,8 +159,7 @@ def _publish(args: argparse.Namespace, files: Sequence[Path], card: str) -> None
         }.get(status, "try again later")
         raise UserError(f"{repo}: not uploaded (HTTP {status}): {advice}") from None
     except Exception as error:  # the hub's client raises a dozen kinds of its own
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"{repo}: not uploaded ({reason}); without a network, copy {folder} to a machine that "
-            f"has one and run there: hf upload {repo} {folder.name}"
+            f"{repo}: not uploaded ({one_line(error)}); without a network, copy {folder} to a "
+            f"machine that has one and run there: hf upload {repo} {folder.name}"
         ) from None

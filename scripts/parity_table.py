@@ -1,6 +1,6 @@
 """Write docs/parity.md: how far our encoders, pixels and imports are from the reference.
 
-Runs the parity tests, which record each figure, and sets them in a table.
+Runs the tests of the conversions, which record each figure, and sets them in a table.
 
   python scripts/parity_table.py
 """
@@ -32,10 +32,13 @@ that a user runs, and compared on the CPU in float32. For an encoder the figure 
 error of any output token, relative to that token's largest value; for pixels the largest
 difference on a scale from 0 to 1 (one step of 8 bits is 0.0039). Pixels are compared with
 Pillow's resizing, on which these weights were trained: transformers' newer processors, which
-resize with torchvision, are up to two steps away from its own Pillow ones, and so from ours.
+resize with torchvision, are up to two steps away from its own Pillow ones, and so from ours. For
+language models it is the largest difference of a logit (imported from GGUF: relative to the
+largest logit), for quantised ones the share of answer tokens that are predicted otherwise.
 
 The tests fail above the bound. Made by `python scripts/parity_table.py` on {machine}, Python
-{python}; {packages}.
+{python}:
+{packages}.
 
 """
 
@@ -58,7 +61,7 @@ def table(rows: list[dict]) -> str:
 def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         record = Path(folder) / "figures.jsonl"
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "parity", "tests/convert"]
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "not chaos", "tests/convert"]
         environment = {**os.environ, "AGEVLM_PARITY_RECORD": str(record)}
         status = subprocess.run(command, cwd=ROOT, env=environment).returncode
         if status:

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ..config import from_dict
-from ..errors import UserError
+from ..errors import UserError, one_line
 
 #: Pixels beyond which an image is refused before it is decoded.
 MAX_PIXELS = 50_000_000
@@ -55,8 +55,7 @@ def _upright(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
         image = ImageOps.exif_transpose(image)
         return _rgb(image)
     except Exception as error:  # on damaged data a decoder may raise anything
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{name}: damaged or truncated image: {reason}") from None
+        raise UserError(f"{name}: damaged or truncated image: {one_line(error)}") from None
 
 
 def _open(source: str | Path | bytes, name: str) -> Image.Image:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from .. import config
-from ..errors import UserError
+from ..errors import UserError, one_line
 
 try:
     import torch
@@ -220,8 +220,9 @@ class Teacher:
         try:
             sam.load_state_dict(state, strict=True)
         except RuntimeError as error:
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(f"{weights}: not the weights of this SAM model: {reason}") from None
+            raise UserError(
+                f"{weights}: not the weights of this SAM model: {one_line(error)}"
+            ) from None
         self.sam = sam.float().eval().requires_grad_(False).to(self.device)
         with weights.open("rb") as file:
             self.fingerprint = hashlib.file_digest(file, "sha256").hexdigest()
@@ -358,8 +359,7 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling fails in a dozen ways; all mean the same here
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise UserError(f"{path}: not a readable checkpoint ({reason})") from None
+        raise UserError(f"{path}: not a readable checkpoint ({one_line(error)})") from None
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         keys = list(state)[:3] if isinstance(state, dict) else type(state).__name__
         raise UserError(f"{path}: expected SAM's table of weights, got {keys}; {_ADVICE}")

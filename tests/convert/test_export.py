@@ -107,6 +107,13 @@ def test_the_exported_model_gives_our_logits(tmp_path: Path, python: Any):
     assert np.allclose(both, np.concatenate([logits, ours(ids)]), atol=1e-4)
 
 
+def test_our_own_commands_read_an_exported_folder(tmp_path: Path):
+    assert exported(tmp_path / "out") == 0
+    again, original = load(tmp_path / "out"), load(shipped("model"))
+    ids = mx.array([[5, 9, 200, 17]])
+    assert mx.array_equal(again.model(ids), original.model(ids))
+
+
 def test_the_tokenizer_adds_nothing_to_the_chat_template(python: Any):
     class Tokenizer:
         def __call__(self, text: str, **options: Any) -> dict[str, Any]:

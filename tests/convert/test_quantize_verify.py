@@ -233,11 +233,15 @@ def test_encoder_folders(tmp_path, capsys):
     ("flags", "top1"),
     [(["--q-bits", "8"], 0.99), (["--q-bits", "4"], 0.95), (["--q-recipe", "mixed_4_8"], 0.98)],
 )
-def test_the_embedded_model_keeps_its_words(tmp_path, flags, top1, capsys):
+def test_the_embedded_model_keeps_its_words(tmp_path, flags, top1, capsys, parity):
     model, out = str(shipped("model")), str(tmp_path / "q")
     assert cli.main(["quantize", "--model", model, "--mlx-path", out, *flags]) == 0
+    capsys.readouterr()
     arguments = ["verify", model, out, "--logits", "--images", "40", "--min-top1", str(top1)]
-    assert cli.main(arguments) == 0, capsys.readouterr().out
+    assert cli.main([*arguments, "--json"]) == 0
+    share = json.loads(capsys.readouterr().out)["logits"][0]["top1"]
+    reference = "the same model in full precision"
+    parity("Quantised: other next words", reference, " ".join(flags), 1 - share, 1 - top1)
 
 
 def test_quantising_evaluates_nothing(copy):

@@ -207,3 +207,10 @@ class TestPickles:
     def test_no_pickle(self, torch, tmp_path: Path):
         (tmp_path / "pytorch_model.bin").write_bytes(b"<html>404</html>")
         assert "not a file of plain tensors" in refusal(tmp_path)
+
+
+@pytest.mark.parity
+def test_an_empty_pickle(tmp_path):
+    (tmp_path / "model.pth").touch()  # torch's error has no text
+    with pytest.raises(UserError, match="model.pth: not a file of plain tensors: EOFError"):
+        source.unpickle(tmp_path / "model.pth")
