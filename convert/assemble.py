@@ -60,7 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--projector", choices=tuple(PROJECTORS), default="mlp", help="(mlp)")
     parser.add_argument("--gated-mlp", action="store_true", help="a gated MLP in each block, too")
     parser.add_argument("--image-size", type=int, help="pixels of a side (the encoder's own)")
-    parser.add_argument("--dtype", choices=vision.DTYPES, help="default: the language model's own")
+    parser.add_argument(
+        "--dtype",
+        choices=vision.DTYPES,
+        help="default: the language model's own; float32 for a .gguf file",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the new parameters (0)")
     parser.add_argument("--dry-run", action="store_true", help="check everything, write nothing")
     parser.add_argument("-q", "--quantize", action="store_true", help="quantise the language model")
@@ -159,7 +163,7 @@ def run(args: argparse.Namespace) -> int:
                     model,
                     lm.tokenizer,
                     preprocessor,
-                    card(args, summary),
+                    card(args, summary, lm.notes),
                     quantization=settings,
                     donate=True,
                 )
@@ -217,7 +221,7 @@ def _bytes(number: int) -> str:
     return f"{number / 1e9:.2f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"
 
 
-def card(args: argparse.Namespace, summary: list[str]) -> str:
+def card(args: argparse.Namespace, summary: list[str], notes: Mapping[str, str]) -> str:
     """The model card: what it was made of, and that it has not been taught to look yet."""
     bases = [name for name in (args.lm, args.vision) if not Path(name).expanduser().exists()]
     front = ["library_name: mlx", "pipeline_tag: image-text-to-text", "tags:", "- mlx", "- agevlm"]
@@ -225,9 +229,12 @@ def card(args: argparse.Namespace, summary: list[str]) -> str:
     if hub:
         front += ["base_model:", *(f"- {name}" for name in hub)]
     parts = "\n".join(f"- {line}" for line in summary)
+    about = f" ({'; '.join(f'{key}: {value}' for key, value in notes.items())})" if notes else ""
+    shipped = args.vision == "shipped"
+    encoder = "agevlm-mlx's embedded encoder" if shipped else f"`{Path(args.vision).name}`"
     return (
         "---\n" + "\n".join(front) + "\n---\n# AgeVLM, not trained yet\n\n"
-        f"`{Path(args.lm).name}` and `{Path(args.vision).name}`, joined by agevlm-mlx:\n\n"
+        f"`{Path(args.lm).name}`{about} and {encoder}, joined by agevlm-mlx:\n\n"
         f"{parts}\n\nThe projector and the cross-attention are random and the gates closed: "
         "it answers as the language model alone would, until it is trained "
         "(`agevlm train`).\n\nThe licences of both parts apply.\n"

@@ -4,7 +4,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,8 @@ class LanguageModel:
     quantization: dict[str, Any] | None
     #: The dtype of most of its weights.
     dtype: mx.Dtype
+    #: What a GGUF file says of itself: its name, its licence, how its weights were stored.
+    notes: dict[str, str] = field(default_factory=dict)
 
 
 @contextmanager
@@ -69,7 +71,12 @@ def open_language_model(where: str) -> Iterator[LanguageModel]:
         model = build_language_model(found.text_config)
         check_shapes(model, found.weights, path)
         yield LanguageModel(
-            found.weights, found.text_config, found.tokenizer, None, _dtype(found.weights)
+            found.weights,
+            found.text_config,
+            found.tokenizer,
+            None,
+            _dtype(found.weights),
+            found.notes,
         )
         return
     folder = source.locate(where, *_MORE)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import mlx.core as mx
 import numpy as np
@@ -79,7 +79,7 @@ def pictures(n: int) -> Iterator[tuple[Image.Image, list[tuple[Turn, ...]]]]:
 
 
 def _turns(record: dict[str, Any]) -> tuple[Turn, ...]:
-    roles = {"human": "user", "gpt": "assistant"}
+    roles: dict[str, Literal["user", "assistant"]] = {"human": "user", "gpt": "assistant"}
     return tuple(
         Turn(roles[m["from"]], m["value"].replace("<image>\n", "")) for m in record["conversations"]
     )

@@ -112,7 +112,7 @@ def _sensitive(model: AgeVLM) -> Callable[[str], bool]:
 
 def nbytes(model: nn.Module) -> int:
     """Bytes of all parameters, evaluated or not."""
-    return sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    return sum(array.nbytes for array in dict(tree_flatten(model.parameters())).values())
 
 
 def layers_by_bits(model: AgeVLM) -> dict[int, list[str]]:

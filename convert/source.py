@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -134,10 +134,11 @@ def _safetensors(path: Path, original: Path) -> dict[str, mx.array]:
 def metadata(path: Path) -> dict[str, str]:
     """The ``__metadata__`` of a safetensors file: ``{"format": "mlx"}`` for MLX's layout."""
     try:
-        _, table = mx.load(str(path), format="safetensors", return_metadata=True)
+        loaded = mx.load(str(path), format="safetensors", return_metadata=True)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{path}: not a readable safetensors file: {error}") from None
-    return dict(table)
+    _, table = cast(tuple[dict[str, mx.array], dict[str, str]], loaded)
+    return table
 
 
 def unreadable(where: object, key: object, dtype: object) -> UserError:

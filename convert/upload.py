@@ -14,9 +14,6 @@ import fnmatch
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from agevlm_mlx.config import read_json
 from agevlm_mlx.errors import UserError, one_line
@@ -86,24 +83,30 @@ def completed_card(text: str, license: str | None = None, bases: Sequence[str] =
 
     ``UserError`` when the front matter cannot be read.
     """
-    match = re.match(r"---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", text, re.DOTALL | re.MULTILINE)
+    from huggingface_hub.repocard import RepoCard
+    from huggingface_hub.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it remarks on a card without front matter
     try:
-        front: Any = (yaml.safe_load(match[1]) or {}) if match else {}
-    except yaml.YAMLError as error:
-        raise UserError(f"README.md: its front matter is not YAML: {one_line(error)}") from None
-    if not isinstance(front, dict):
-        raise UserError("README.md: expected a table between the two lines of ---")
+        card = RepoCard(text)
+    except Exception as error:  # not YAML, or no table
+        reason = " ".join(str(error).split())
+        raise UserError(f"README.md: its front matter cannot be read: {reason}") from None
+    finally:
+        logging.set_verbosity(verbosity)
+    front = card.data
     tags = front.get("tags") or []
     tags = [tags] if isinstance(tags, str) else list(tags)
-    front |= {"library_name": "mlx", "pipeline_tag": "image-text-to-text"}
+    front["library_name"] = "mlx"
+    front["pipeline_tag"] = "image-text-to-text"
     front["tags"] = tags + [tag for tag in _TAGS if tag not in tags]
     if license:
         front["license"] = license
     if bases:
         front["base_model"] = list(bases)
-    body = text[match.end() :] if match else text
-    written = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
-    return f"---\n{written}---\n{body if body.startswith(chr(10)) else chr(10) + body}"
+    body = card.text
+    return f"---\n{front.to_yaml()}\n---\n{body if body.startswith(chr(10)) else chr(10) + body}"
 
 
 def run(args: argparse.Namespace) -> int:

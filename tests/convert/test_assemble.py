@@ -296,5 +296,5 @@ def test_offline_the_hub_is_named(siglip, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     said = refusal(capsys, tmp_path, Path("org/name"), siglip, tmp_path / "out")
-    assert "org/name: not a folder here" in said
-    assert "config.json" in said
+    assert "config.json was wanted from the hub" in said
+    assert "HF_HUB_OFFLINE" in said

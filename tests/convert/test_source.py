@@ -3,17 +3,27 @@
 import errno
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
+from mlx.utils import tree_flatten
 
+from agevlm_mlx.data.chat import build_tokenizer
 from agevlm_mlx.errors import UserError
+from agevlm_mlx.models.graft import build_language_model
 from agevlm_mlx.weights import write_weights
-from convert import source
+from convert import __main__ as cli
+from convert import rules, source
+from convert.language_model import open_language_model
 
 
 @pytest.fixture
@@ -121,6 +131,78 @@ def test_an_index_that_leaves_the_folder(folder: Path, tmp_path: Path, name: str
     assert "missing; the index names it" in refusal(folder)
 
 
+def test_fp8_is_refused_where_it_is_kept(tmp_path: Path):
+    table = {"dtype": "F8_E4M3", "shape": [32], "data_offsets": [0, 32]}
+    safetensors(tmp_path / "model.safetensors", {"kept.weight": table})
+    with source.open_tensors(tmp_path) as tensors:
+        with pytest.raises(UserError) as caught:
+            rules.apply(tensors, [rules.Rule(r"kept\.(.*)", r"\1")], "there")
+        assert rules.apply(tensors, [rules.Rule(r".*", drop="reason")], "there")[0] == {}
+    assert str(caught.value) == (
+        "there: expected floating-point numbers, got kept.weight as uint8 (FP8 or quantised "
+        "weights are not read); take the bfloat16 or full-precision checkpoint"
+    )
+
+
+@pytest.fixture
+def language_model(tmp_path: Path) -> Callable[..., Path]:
+    """A published one whose weights went through `change`, and what its config says besides."""
+    config = {
+        "model_type": "llama",
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "rms_norm_eps": 1e-5,
+        "vocab_size": 300,
+    }
+
+    def make(change: Callable[[Any], None], more: dict[str, Any]) -> Path:
+        model = build_language_model(config)
+        change(model)
+        folder = tmp_path / "lm"
+        folder.mkdir()
+        write_weights(folder, dict(tree_flatten(model.parameters())))
+        (folder / "config.json").write_text(json.dumps(config | more))
+        build_tokenizer(["a dog"], vocab_size=290).save_pretrained(str(folder))
+        return folder
+
+    return make
+
+
+NORM = "model.layers.0.input_layernorm.weight"
+DOWN = "model.layers.0.mlp.down_proj.weight"
+
+
+@pytest.mark.parametrize(("key", "dtype"), [(NORM, mx.uint8), (DOWN, mx.uint32)])
+@pytest.mark.parametrize("quantised", [False, True])
+def test_integers_in_a_language_model(language_model, key, dtype, quantised):
+    def change(model: Any) -> None:
+        if quantised:
+            nn.quantize(model, 32, 4, class_predicate=lambda path, _: path.endswith("up_proj"))
+        model.load_weights(
+            [(key, dict(tree_flatten(model.parameters()))[key].astype(dtype))], False
+        )
+
+    more = {"quantization": {"group_size": 32, "bits": 4}} if quantised else {}
+    folder = language_model(change, more)
+    with (
+        pytest.raises(UserError, match=f"lm: expected floating.* got {key} as uint"),
+        open_language_model(str(folder)),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("mode", ["affine", "mxfp4"])
+def test_integers_of_mlx_lms_own_quantisation(language_model, mode):
+    folder = language_model(
+        lambda model: nn.quantize(model, 32, 4, mode=mode),
+        {"quantization": {"group_size": 32, "bits": 4, "mode": mode}},
+    )
+    with open_language_model(str(folder)) as lm:
+        assert lm.weights[DOWN].dtype == mx.uint32
+
+
 def write(path: Path, end: Exception | signal.Signals) -> None:
     """Half a folder, then an error or a signal."""
     with source.new_folder(path) as aside:
@@ -137,9 +219,11 @@ def test_nothing_is_left_after_an_error(tmp_path: Path):
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
-def test_nothing_is_left_after_a_signal(tmp_path: Path, stop: signal.Signals):
-    with pytest.raises(KeyboardInterrupt):
-        write(tmp_path / "out", stop)
+def test_nothing_is_left_after_a_signal(
+    tmp_path: Path, stop: signal.Signals, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("convert.verify.run", lambda _: write(tmp_path / "out", stop))
+    assert cli.main(["verify", "a", "b"]) == 130
     assert list(tmp_path.iterdir()) == []
 
 
@@ -147,6 +231,23 @@ def test_nothing_is_left_after_a_signal(tmp_path: Path, stop: signal.Signals):
 def test_a_full_disk(tmp_path: Path, number: int):
     with pytest.raises(UserError, match="out: no room on the disk"):
         write(tmp_path / "out", OSError(number, os.strerror(number)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_in_the_words_of_the_tokenizers_library(tmp_path: Path):
+    from tokenizers import Tokenizer, models
+
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    tokenizer = Tokenizer(models.WordLevel({"x" * 1000: 0}, "x"))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
+    try:
+        with (
+            pytest.raises(UserError, match="out: no room on the disk"),
+            source.new_folder(tmp_path / "out") as aside,
+        ):
+            tokenizer.save(str(aside / "tokenizer.json"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -212,5 +313,17 @@ class TestPickles:
 @pytest.mark.parity
 def test_an_empty_pickle(tmp_path):
     (tmp_path / "model.pth").touch()  # torch's error has no text
-    with pytest.raises(UserError, match="model.pth: not a file of plain tensors: EOFError"):
+    with pytest.raises(UserError, match=r"model\.pth: not a file of plain tensors: EOFError"):
         source.unpickle(tmp_path / "model.pth")
+
+    @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "complex64"])
+    def test_numbers_that_are_not_read(self, torch, tmp_path: Path, dtype: str):
+        torch.save({"a": torch.zeros(3, dtype=getattr(torch, dtype))}, tmp_path / "a.bin")
+        assert f"got a as {dtype}" in refusal(tmp_path / "a.bin")
+
+    def test_no_temporary_folder(self, torch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        torch.save({"a": torch.zeros(3)}, tmp_path / "a.bin")
+        mx.save_safetensors(str(tmp_path / "b.safetensors"), {"b": mx.zeros(3)})
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
+        assert "set TMPDIR" in refusal(tmp_path / "a.bin")
+        assert set(read(tmp_path / "b.safetensors")) == {"b"}  # needs none

@@ -10,6 +10,7 @@ import mlx.core as mx
 import pytest
 from huggingface_hub.errors import HfHubHTTPError
 
+from agevlm_mlx.weights import read_weights
 from convert import __main__ as cli
 from convert.upload import completed_card
 
@@ -72,6 +73,21 @@ def test_the_card_keeps_what_it_says():
     assert completed_card(done) == done
 
 
+@pytest.mark.parametrize("text", ["", "# Mine\n", "---\n\n---\n# Mine\n"])
+def test_a_card_without_entries(text, capfd):
+    done = completed_card(text, "mit", ["a/b"])
+    assert done.startswith("---\nlibrary_name: mlx\n")
+    assert done.endswith(f"base_model:\n- a/b\n---\n\n{text.rpartition('---')[2].lstrip()}")
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("front", ["a: [", "- a list", "license: 'mit\n  "])
+def test_front_matter_that_cannot_be_read(folder, hub, capsys, front):
+    (folder / "README.md").write_text(f"---\n{front}\n---\n# Mine\n")
+    assert upload(folder) == 2
+    assert "README.md: its front matter cannot be read" in refusal(capsys, hub)
+
+
 def refusal(capsys: pytest.CaptureFixture[str], hub: SimpleNamespace) -> str:
     error = capsys.readouterr().err
     assert error.startswith("error: ")
@@ -95,7 +111,7 @@ def test_an_incomplete_folder_is_refused(folder, hub, capsys, name):
 
 
 def test_teacher_heads_are_refused(folder, hub, capsys):
-    weights = dict(mx.load(str(folder / "model.safetensors")))
+    weights = read_weights(folder)
     mx.eval(weights)
     mx.save_safetensors(str(folder / "model.safetensors"), weights | {"sam_head.w": mx.zeros(2)})
     assert upload(folder) == 2

@@ -1,0 +1,99 @@
+"""What is said when a file cannot be had from the hub."""
+
+import errno
+from pathlib import Path
+
+import httpx
+import huggingface_hub
+import pytest
+from huggingface_hub import errors
+
+from agevlm_mlx import weights
+from agevlm_mlx.errors import UserError
+from agevlm_mlx.hub import download
+from convert import source
+
+FOUND_NOTHING = httpx.Response(401, request=httpx.Request("GET", "https://huggingface.co"))
+NAMED = "org/name: no such folder here, so its config.json was wanted from the hub, which "
+BY_HAND = "`hf download org/name --local-dir name` makes one"
+
+
+def offline() -> Exception:
+    error = errors.LocalEntryNotFoundError("Cannot find an appropriate cached snapshot folder")
+    error.__cause__ = errors.OfflineModeIsEnabled("offline")
+    return error
+
+
+def refusal(monkeypatch: pytest.MonkeyPatch, error: Exception) -> str:
+    def fail(*args: object, **options: object) -> str:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    messages = set()
+    for read in (source.locate, weights.load):
+        with pytest.raises(UserError) as caught:
+            read("org/name")
+        messages.add(str(caught.value))
+    (message,) = messages
+    assert "\n" not in message
+    return message
+
+
+def test_no_network(monkeypatch):
+    said = refusal(monkeypatch, errors.LocalEntryNotFoundError("Got: ConnectError: x\nAn error"))
+    assert said == (
+        f"{NAMED}cannot be reached (Got: ConnectError: x); pass a folder: where there is a "
+        f"network, {BY_HAND}"
+    )
+
+
+def test_an_error_without_words(monkeypatch):
+    assert "cannot be reached (TimeoutError)" in refusal(monkeypatch, TimeoutError())
+
+
+def test_offline_mode(monkeypatch):
+    said = refusal(monkeypatch, offline())
+    assert said.startswith(f"{NAMED}is switched off by HF_HUB_OFFLINE; pass a folder")
+    assert said.endswith(BY_HAND)
+
+
+def test_no_such_repository(monkeypatch):
+    error = errors.RepositoryNotFoundError("404", response=FOUND_NOTHING)
+    said = refusal(monkeypatch, error)
+    assert said.startswith(f"{NAMED}shows no such repository; check its name, or `hf auth login`")
+
+
+def test_a_gated_repository(monkeypatch):
+    said = refusal(monkeypatch, errors.GatedRepoError("403", response=FOUND_NOTHING))
+    assert said.startswith(f"{NAMED}asks for its conditions to be accepted")
+    assert "https://huggingface.co/org/name" in said
+
+
+def test_no_name_of_a_repository():
+    with pytest.raises(UserError, match=r"^org/na me: no such folder; pass a folder or a hub id"):
+        source.locate("org/na me")
+
+
+def test_a_full_disk_is_not_the_hubs_fault(monkeypatch):
+    def fail(*args: object, **options: object) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(OSError, match="No space"):
+        download("org/name", ["*.json"])
+
+
+def test_pickles_are_asked_for_when_there_are_no_safetensors(monkeypatch, tmp_path: Path):
+    asked = []
+
+    def snapshot(repo: str, allow_patterns: list[str]) -> str:
+        asked.append(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    assert source.locate("org/name", "*.txt") == tmp_path
+    assert [any("safetensors" in p for p in patterns) for patterns in asked] == [True, False]
+    assert all({"*.json", "*.txt"} <= set(patterns) for patterns in asked)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    source.locate("org/name")
+    assert len(asked) == 3
