@@ -8,6 +8,9 @@ from typing import ParamSpec
 
 P = ParamSpec("P")
 
+#: Numbers of a full disk: no space, over quota, over the size that a file may have.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 class UserError(ValueError):
     """Bad input. The message is one line: what was expected, what was found, what to do."""
@@ -35,7 +38,7 @@ def command(main: Callable[P, int]) -> Callable[P, int]:
         except BrokenPipeError:
             return 0
         except OSError as error:
-            if error.errno != errno.ENOSPC:
+            if error.errno not in NO_ROOM:
                 raise
             where = f" writing {error.filename}" if error.filename else ""
             print(

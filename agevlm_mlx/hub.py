@@ -1,10 +1,9 @@
 """Files of the Hugging Face hub."""
 
-import errno
 from collections.abc import Sequence
 from pathlib import Path
 
-from .errors import UserError
+from .errors import NO_ROOM, UserError
 
 
 def download(repo: str, patterns: Sequence[str]) -> Path:
@@ -33,7 +32,7 @@ def download(repo: str, patterns: Sequence[str]) -> Path:
             "it is private"
         ) from None
     except Exception as error:  # the hub's client raises a dozen kinds of its own
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
             raise  # not the hub: the disk is full
         if isinstance(error.__cause__, errors.OfflineModeIsEnabled):
             reason = "is switched off by HF_HUB_OFFLINE"

@@ -1,6 +1,5 @@
 """Reading other people's checkpoints, and writing ours in one move."""
 
-import errno
 import os
 import shutil
 import tempfile
@@ -12,7 +11,7 @@ from typing import Any, cast
 import mlx.core as mx
 
 from agevlm_mlx.config import read_json
-from agevlm_mlx.errors import UserError, one_line
+from agevlm_mlx.errors import NO_ROOM, UserError, one_line
 from agevlm_mlx.hub import download
 from agevlm_mlx.weights import write_safetensors
 
@@ -26,8 +25,6 @@ WEIGHT_FILES = (
 
 _CONFIGS_AND_SAFETENSORS = ("*.json", "model*.safetensors", "open_clip_model.safetensors")
 _CONFIGS_AND_PICKLES = ("*.json", "pytorch_model*.bin", "open_clip_pytorch_model.bin")
-#: No space, over quota, over the size that a file may have.
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def locate(source: str, *more: str) -> Path:
@@ -228,8 +225,8 @@ def new_folder(path: Path) -> Iterator[Path]:
 def _no_room(error: Exception) -> bool:
     """Whether a disk was full: in Python's words, or those of the tokenizers' library."""
     if isinstance(error, OSError):
-        return error.errno in _NO_ROOM
-    return any(str(error).endswith(f"(os error {number})") for number in _NO_ROOM)
+        return error.errno in NO_ROOM
+    return any(str(error).endswith(f"(os error {number})") for number in NO_ROOM)
 
 
 def check_free(path: Path) -> None:

@@ -309,13 +309,6 @@ class TestPickles:
         (tmp_path / "pytorch_model.bin").write_bytes(b"<html>404</html>")
         assert "not a file of plain tensors" in refusal(tmp_path)
 
-
-@pytest.mark.parity
-def test_an_empty_pickle(tmp_path):
-    (tmp_path / "model.pth").touch()  # torch's error has no text
-    with pytest.raises(UserError, match=r"model\.pth: not a file of plain tensors: EOFError"):
-        source.unpickle(tmp_path / "model.pth")
-
     @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "complex64"])
     def test_numbers_that_are_not_read(self, torch, tmp_path: Path, dtype: str):
         torch.save({"a": torch.zeros(3, dtype=getattr(torch, dtype))}, tmp_path / "a.bin")
@@ -327,3 +320,10 @@ def test_an_empty_pickle(tmp_path):
         monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
         assert "set TMPDIR" in refusal(tmp_path / "a.bin")
         assert set(read(tmp_path / "b.safetensors")) == {"b"}  # needs none
+
+
+@pytest.mark.parity
+def test_an_empty_pickle(tmp_path):
+    (tmp_path / "model.pth").touch()  # torch's error has no text
+    with pytest.raises(UserError, match=r"model\.pth: not a file of plain tensors: EOFError"):
+        source.unpickle(tmp_path / "model.pth")
