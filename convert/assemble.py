@@ -18,6 +18,7 @@ examples:
 import argparse
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -202,7 +203,7 @@ def _summary(model: AgeVLM, sizes: Mapping[str, int], dtype: mx.Dtype) -> list[s
     ]
     if model.fusion == "cross":
         layers = ", ".join(map(str, model.looking_layers))
-        block = model.layers[model.looking_layers[0]].cross_attn
+        block: Any = model.layers[model.looking_layers[0]].cross_attn
         keys = len(model.looking_layers) * (Gh * Gw + block.null_slots)
         image = 2 * keys * block.n_kv_heads * block.head_dim * dtype.size
         lines.append(

@@ -15,7 +15,7 @@ from mlx_lm.utils import load_config
 
 from agevlm_mlx.config import read_json
 from agevlm_mlx.errors import UserError, one_line
-from agevlm_mlx.models.graft import build_language_model
+from agevlm_mlx.models.graft import build_language_model, tie_embeddings
 from agevlm_mlx.weights import check_shapes, load_tokenizer
 
 from . import source
@@ -69,6 +69,7 @@ def open_language_model(where: str) -> Iterator[LanguageModel]:
 
         found = read_gguf(path)
         model = build_language_model(found.text_config)
+        tie_embeddings(model, found.text_config)
         check_shapes(model, found.weights, path)
         yield LanguageModel(
             found.weights,
@@ -85,6 +86,8 @@ def open_language_model(where: str) -> Iterator[LanguageModel]:
     with source.open_tensors(folder) as tensors:
         weights = dict(model.sanitize(tensors) if hasattr(model, "sanitize") else tensors)
         tensors.clear()
+        if hasattr(model, "tie_word_embeddings"):  # Gemma 3 goes by the weights, so must ours
+            config["tie_word_embeddings"] = model.tie_word_embeddings
         quantization = config.get("quantization")
         if quantization:
             nn.quantize(
@@ -127,7 +130,26 @@ def _config(folder: Path) -> dict[str, Any]:
     config = load_config(folder)
     if "quantization" not in config and "quantization_config" in config:
         config["quantization"] = config["quantization_config"]
+    if isinstance(config.get("rope_parameters"), Mapping):
+        _read_rope(config, config["rope_parameters"])
     return config
+
+
+def _read_rope(config: dict[str, Any], rope: Mapping[str, Any]) -> None:
+    """Say what transformers 5 says in ``rope_parameters`` in the older keys too: most of
+    mlx-lm's architectures read those alone, and would compute with their default instead."""
+    full, sliding = rope.get("full_attention", rope), rope.get("sliding_attention") or {}
+    older = {
+        "rope_theta": full.get("rope_theta"),
+        "partial_rotary_factor": full.get("partial_rotary_factor"),
+        "rope_local_base_freq": sliding.get("rope_theta"),
+        "sliding_window_pattern": config.get("_sliding_window_pattern"),
+    }
+    if full.get("rope_type", "default") != "default":
+        older["rope_scaling"] = {k: v for k, v in full.items() if k != "rope_theta"}
+    for name, value in older.items():
+        if value is not None and config.get(name) is None:
+            config[name] = value
 
 
 def _tokenizer(folder: Path) -> Any:

@@ -15,11 +15,12 @@ from agevlm_mlx.errors import NO_ROOM, UserError, one_line
 from agevlm_mlx.hub import download
 from agevlm_mlx.weights import write_safetensors
 
-#: Weight files in the order of preference: safetensors first, open_clip's own names last.
+#: Weight files in the order of preference. Those of the repository's config.json come first:
+#: open_clip's own have other keys, and LAION's repositories hold both kinds.
 WEIGHT_FILES = (
     "model.safetensors",
-    "open_clip_model.safetensors",
     "pytorch_model.bin",
+    "open_clip_model.safetensors",
     "open_clip_pytorch_model.bin",
 )
 
@@ -40,7 +41,9 @@ def locate(source: str, *more: str) -> Path:
     if source.count("/") != 1 or source.startswith((".", "/", "~")):
         raise UserError(f"{path}: no such folder; pass a folder or a hub id like org/name")
     folder = download(source, [*_CONFIGS_AND_SAFETENSORS, *more])
-    if not list(folder.glob("*.safetensors")):
+    # Beside a config.json open_clip's file alone is not enough: it may have other keys.
+    enough = "model*.safetensors" if (folder / "config.json").is_file() else "*.safetensors"
+    if not list(folder.glob(enough)):
         folder = download(source, [*_CONFIGS_AND_PICKLES, *more])
     return folder
 

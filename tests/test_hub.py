@@ -97,3 +97,21 @@ def test_pickles_are_asked_for_when_there_are_no_safetensors(monkeypatch, tmp_pa
     (tmp_path / "model.safetensors").write_bytes(b"")
     source.locate("org/name")
     assert len(asked) == 3
+
+
+def test_open_clips_file_alone_does_not_go_with_a_config(monkeypatch, tmp_path: Path):
+    """LAION's repositories: config.json and pytorch_model.bin are Hugging Face's."""
+    (tmp_path / "config.json").write_text('{"model_type": "clip"}')
+    (tmp_path / "open_clip_model.safetensors").write_bytes(b"")
+    asked = []
+
+    def snapshot(repo: str, allow_patterns: list[str]) -> str:
+        asked.append(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    source.locate("org/name")
+    assert "pytorch_model*.bin" in asked[-1]
+    (tmp_path / "pytorch_model.bin").write_bytes(b"no pickle")
+    with pytest.raises(UserError, match=r"/pytorch_model\.bin: "), source.open_tensors(tmp_path):
+        pass

@@ -17,7 +17,7 @@ from mlx_lm.models.cache import ConcatenateKVCache, KVCache, RotatingKVCache, ma
 from ..config import ModelConfig
 from .cache import VisionCache
 from .cross_attention import MapRequest
-from .graft import build_language_model, graft, language_model_width
+from .graft import build_language_model, graft, language_model_width, tie_embeddings
 from .projector import PROJECTORS
 from .vision import build_encoder
 
@@ -33,6 +33,7 @@ class AgeVLM(nn.Module):
         self.fusion = config.fusion_config.fusion
         self.vision_tower: Any = build_encoder(config.vision_config)
         self.language_model: Any = build_language_model(config.text_config)
+        tie_embeddings(self.language_model, config.text_config)
         self._looking = graft(self.language_model, config.fusion_config)
         self.multi_modal_projector: Any = PROJECTORS[config.fusion_config.projector](
             config.fusion_config,

@@ -33,8 +33,17 @@ def build_language_model(text_config: Mapping[str, Any]) -> Any:
     module = importlib.import_module(name)
     try:
         return module.Model(module.ModelArgs.from_dict(dict(text_config)))
-    except TypeError as error:  # a missing field of ModelArgs
+    except (TypeError, ValueError) as error:  # a missing field of ModelArgs, or one that says no
         raise UserError(f"text_config: {kind} needs more: {error}") from None
+
+
+def tie_embeddings(lm: Any, text_config: Mapping[str, Any]) -> None:
+    """Drop the output layer that Gemma 3 in mlx-lm has until it has seen a checkpoint without.
+
+    Other architectures go by ``tie_word_embeddings`` themselves.
+    """
+    if text_config.get("tie_word_embeddings") and getattr(lm, "tie_word_embeddings", True) is False:
+        lm.sanitize({})
 
 
 def cross_layers(config: FusionConfig, depth: int) -> tuple[int, ...]:

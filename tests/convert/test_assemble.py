@@ -124,6 +124,44 @@ def test_closed_gates_leave_the_language_model_as_it_is_bit_for_bit(
     assert mx.abs(opened - expected).max() > 1e-4
 
 
+@pytest.mark.parametrize("kind", ["llama", "smollm3", "qwen2", "qwen3", "gemma3_text"])
+def test_positions_as_transformers_5_configures_them(kind, tmp_path, tokenizer, siglip):
+    older = {"rope_theta": 5e5}
+    newer = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "rope_theta": None}
+    if kind == "gemma3_text":
+        older |= {"rope_local_base_freq": 100.0, "sliding_window_pattern": 2}
+        newer["rope_parameters"] = {
+            "full_attention": {"rope_type": "default", "rope_theta": 5e5},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        }
+        newer |= {"_sliding_window_pattern": 2}
+    elif kind != "qwen2":
+        scaling = {"rope_type": "linear", "factor": 4.0}
+        older["rope_scaling"] = scaling
+        newer["rope_parameters"] |= scaling
+    language_model(tmp_path / "lm", tokenizer, kind, **older)
+    assert assemble(tmp_path / "lm", siglip, tmp_path / "older") == 0
+    path = tmp_path / "lm/config.json"
+    kept = {k: v for k, v in read_json(path).items() if k not in older}
+    path.write_text(json.dumps({k: v for k, v in (kept | newer).items() if v is not None}))
+    assert assemble(tmp_path / "lm", siglip, tmp_path / "newer") == 0
+    a, b = (weights.load(tmp_path / name).model for name in ("older", "newer"))
+    ids = mx.arange(5, 65)[None]
+    assert mx.array_equal(a(ids), b(ids))
+
+
+@pytest.mark.parametrize("says", [{}, {"tie_word_embeddings": True}])
+def test_gemma_without_an_output_layer_as_it_is_published(says, tmp_path, tokenizer, siglip):
+    folder = language_model(tmp_path / "lm", tokenizer, "gemma3_text", **says)
+    tensors = dict(mx.load(str(folder / "model.safetensors")))
+    del tensors["lm_head.weight"]
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors, {"format": "pt"})
+    assert assemble(folder, siglip, tmp_path / "out") == 0
+    ids = mx.array([[5, 9, 200, 17, 40, 3]])
+    ours = weights.load(tmp_path / "out").model
+    assert mx.array_equal(ours(ids), mlx_lm.load(str(folder))[0](ids))
+
+
 def test_the_result_is_a_whole_checkpoint(lm, siglip, tmp_path, capsys):
     assert assemble(lm, siglip, tmp_path / "out", "--cross-layers", "3,1") == 0
     said = capsys.readouterr().out
