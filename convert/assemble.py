@@ -142,6 +142,11 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"{args.lm}: is quantised already; leave -q out")
         notes = []
         if getattr(lm.tokenizer, "chat_template", None) is None:
+            if lm.tokenizer.eos_token is None:
+                raise UserError(
+                    f"{args.lm}: its tokenizer has neither a chat template nor an eos_token, so "
+                    "that no answer could end; name one in its tokenizer_config.json"
+                )
             lm.tokenizer.chat_template = PLAIN_TEMPLATE
             notes.append("the language model has no chat template: USER: and ASSISTANT: it is")
         dtype = getattr(mx, args.dtype) if args.dtype else lm.dtype

@@ -92,7 +92,12 @@ def open_clip_config(table: Mapping[str, Any], where: str) -> dict[str, Any]:
     table = _table(table, where)
     model = _table(table.get("model_cfg", table), f"{where}: model_cfg")
     vision = _table(model.get("vision_cfg"), f"{where}: vision_cfg")
-    ours = _architecture(vision.get("timm_model_name"), f"{where}: vision_cfg.timm_model_name")
+    if "timm_model_name" not in vision:
+        raise UserError(
+            f"{where}: vision_cfg: expected a timm_model_name (a ConvNeXt), found a tower of "
+            "open_clip's own; take a repository with Hugging Face's config.json for it"
+        )
+    ours = _architecture(vision["timm_model_name"], f"{where}: vision_cfg.timm_model_name")
     return ours | {"image_size": _side(vision.get("image_size"), f"{where}: vision_cfg.image_size")}
 
 

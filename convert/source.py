@@ -23,9 +23,13 @@ WEIGHT_FILES = (
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.bin",
 )
-
-_CONFIGS_AND_SAFETENSORS = ("*.json", "model*.safetensors", "open_clip_model.safetensors")
-_CONFIGS_AND_PICKLES = ("*.json", "pytorch_model*.bin", "open_clip_pytorch_model.bin")
+#: The same with their shards, as patterns of a download.
+_WEIGHT_PATTERNS = (
+    "model*.safetensors",
+    "pytorch_model*.bin",
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
+)
 
 
 def locate(source: str, *more: str) -> Path:
@@ -40,11 +44,11 @@ def locate(source: str, *more: str) -> Path:
         raise UserError(f"{path}: expected a checkpoint folder, got a file; pass its folder")
     if source.count("/") != 1 or source.startswith((".", "/", "~")):
         raise UserError(f"{path}: no such folder; pass a folder or a hub id like org/name")
-    folder = download(source, [*_CONFIGS_AND_SAFETENSORS, *more])
-    # Beside a config.json open_clip's file alone is not enough: it may have other keys.
-    enough = "model*.safetensors" if (folder / "config.json").is_file() else "*.safetensors"
-    if not list(folder.glob(enough)):
-        folder = download(source, [*_CONFIGS_AND_PICKLES, *more])
+    folder = path
+    for pattern in _WEIGHT_PATTERNS:  # one kind: a repository may hold the same weights thrice
+        folder = download(source, ["*.json", *more, pattern])
+        if list(folder.glob(pattern)):
+            break
     return folder
 
 

@@ -1,6 +1,7 @@
 """What is said when a file cannot be had from the hub."""
 
 import errno
+from fnmatch import fnmatch
 from pathlib import Path
 
 import httpx
@@ -83,35 +84,39 @@ def test_a_full_disk_is_not_the_hubs_fault(monkeypatch):
         download("org/name", ["*.json"])
 
 
-def test_pickles_are_asked_for_when_there_are_no_safetensors(monkeypatch, tmp_path: Path):
-    asked = []
-
+@pytest.mark.parametrize(
+    ("files", "loaded"),
+    [
+        (["model.safetensors", "pytorch_model.bin"], ["model.safetensors"]),
+        (["model-1.safetensors", "model-2.safetensors"], ["model-1.safetensors"]),
+        (["pytorch_model-1.bin", "flax_model.msgpack"], ["pytorch_model-1.bin"]),
+        # LAION's repositories: config.json goes with Hugging Face's file.
+        (["open_clip_model.safetensors", "pytorch_model.bin"], ["pytorch_model.bin"]),
+        (
+            ["open_clip_pytorch_model.bin", "open_clip_model.safetensors"],
+            ["open_clip_model.safetensors"],
+        ),
+        (["open_clip_pytorch_model.bin"], ["open_clip_pytorch_model.bin"]),
+        ([], []),
+    ],
+)
+def test_one_kind_of_weight_file_is_downloaded(monkeypatch, tmp_path: Path, files, loaded):
     def snapshot(repo: str, allow_patterns: list[str]) -> str:
-        asked.append(allow_patterns)
+        for name in ["config.json", "vocab.txt", *files]:
+            if any(fnmatch(name, pattern) for pattern in allow_patterns):
+                (tmp_path / name).touch()
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     assert source.locate("org/name", "*.txt") == tmp_path
-    assert [any("safetensors" in p for p in patterns) for patterns in asked] == [True, False]
-    assert all({"*.json", "*.txt"} <= set(patterns) for patterns in asked)
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    source.locate("org/name")
-    assert len(asked) == 3
+    there = {path.name for path in tmp_path.iterdir()}
+    kind = {name for name in files if name.startswith(loaded[0].split("-")[0])} if loaded else set()
+    assert there == {"config.json", "vocab.txt"} | kind
 
 
-def test_open_clips_file_alone_does_not_go_with_a_config(monkeypatch, tmp_path: Path):
-    """LAION's repositories: config.json and pytorch_model.bin are Hugging Face's."""
+def test_open_clips_file_does_not_go_with_a_config(tmp_path: Path):
     (tmp_path / "config.json").write_text('{"model_type": "clip"}')
     (tmp_path / "open_clip_model.safetensors").write_bytes(b"")
-    asked = []
-
-    def snapshot(repo: str, allow_patterns: list[str]) -> str:
-        asked.append(allow_patterns)
-        return str(tmp_path)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    source.locate("org/name")
-    assert "pytorch_model*.bin" in asked[-1]
     (tmp_path / "pytorch_model.bin").write_bytes(b"no pickle")
     with pytest.raises(UserError, match=r"/pytorch_model\.bin: "), source.open_tensors(tmp_path):
         pass

@@ -68,6 +68,8 @@ def language_model(folder: Path, tokenizer, kind: str = "llama", **changes) -> P
     mx.random.seed(1)
     model = build_language_model(config)
     tensors = dict(tree_flatten(model.parameters()))
+    if kind == "gemma3_text":  # as it is published
+        del tensors["lm_head.weight"]
     mx.save_safetensors(str(folder / "model.safetensors"), tensors, {"format": "pt"})
     tokenizer.save_pretrained(str(folder))
     (folder / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}))
@@ -153,9 +155,6 @@ def test_positions_as_transformers_5_configures_them(kind, tmp_path, tokenizer, 
 @pytest.mark.parametrize("says", [{}, {"tie_word_embeddings": True}])
 def test_gemma_without_an_output_layer_as_it_is_published(says, tmp_path, tokenizer, siglip):
     folder = language_model(tmp_path / "lm", tokenizer, "gemma3_text", **says)
-    tensors = dict(mx.load(str(folder / "model.safetensors")))
-    del tensors["lm_head.weight"]
-    mx.save_safetensors(str(folder / "model.safetensors"), tensors, {"format": "pt"})
     assert assemble(folder, siglip, tmp_path / "out") == 0
     ids = mx.array([[5, 9, 200, 17, 40, 3]])
     ours = weights.load(tmp_path / "out").model
@@ -199,9 +198,11 @@ def test_a_converted_encoder_gives_what_its_source_gives(lm, siglip, tmp_path):
     assert cli.main(["verify", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
 
 
-def test_the_shipped_encoder_and_another_image_size(lm, tmp_path):
+def test_the_shipped_encoder(lm, tmp_path):
     assert assemble(lm, "shipped", tmp_path / "a") == 0
     assert weights.load(tmp_path / "a").model.grid == (8, 8)
+    assert assemble(lm, "shipped", tmp_path / "b", "--image-size", "96") == 0
+    assert weights.load(tmp_path / "b").model.grid == (12, 12)
 
 
 def test_another_image_size(lm, siglip, tmp_path):
@@ -253,6 +254,14 @@ def test_a_model_without_a_chat_template_gets_a_plain_one(tmp_path, tokenizer, s
     encoded = chat.encode(ours.tokenizer, turns, [])
     answer = [i for i, learned in zip(encoded.ids, encoded.loss_mask, strict=True) if learned]
     assert ours.tokenizer.decode(answer) == " yes<|end|>"
+
+
+def test_neither_a_chat_template_nor_an_end(lm, siglip, tmp_path, capsys):
+    (lm / "chat_template.jinja").unlink()
+    config = read_json(lm / "tokenizer_config.json")
+    del config["eos_token"]
+    (lm / "tokenizer_config.json").write_text(json.dumps(config))
+    assert "nor an eos_token" in refusal(capsys, tmp_path, lm, siglip, tmp_path / "out")
 
 
 def test_every_token_that_ends_an_answer_is_kept(lm, siglip, tmp_path):

@@ -175,7 +175,7 @@ def test_a_timm_checkpoint_that_is_refused(tmp_path, capsys, change, expected):
 @pytest.mark.parametrize(
     ("table", "expected"),
     [
-        ({"model_cfg": {"vision_cfg": {"layers": 12, "width": 768}}}, "timm_model_name: expected"),
+        ({"model_cfg": {"vision_cfg": {"layers": 12, "width": 768}}}, "a tower of open_clip's own"),
         ({"model_cfg": {"vision_cfg": None}}, "vision_cfg: expected a table, got None"),
         ([], "expected a table, got []"),
     ],

@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ...errors import UserError
+from . import positions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +90,12 @@ class VitEncoder(nn.Module):
             "image_mean": [0.5, 0.5, 0.5],
             "image_std": [0.25, 0.25, 0.25],
         }
+
+    def fitted(self, name: str, value: mx.array) -> mx.array:
+        """The position table of any square input size, resampled to this encoder's grid."""
+        if name != "position_embedding":
+            return value
+        return positions.resample(value, self.grid, positions.cubic)
 
     def __call__(self, pixels: mx.array) -> mx.array:
         B, Hi, Wi, _ = pixels.shape
