@@ -33,8 +33,8 @@ error of any output token, relative to that token's largest value; for pixels th
 difference on a scale from 0 to 1 (one step of 8 bits is 0.0039). Pixels are compared with
 Pillow's resizing, on which these weights were trained: transformers' newer processors, which
 resize with torchvision, are up to two steps away from its own Pillow ones, and so from ours. For
-language models it is the largest difference of a logit (imported from GGUF: relative to the
-largest logit), for quantised ones the share of answer tokens that are predicted otherwise.
+language models the figure is the largest error of a logit, relative to the largest one (with closed
+gates it is absolute); for quantised models the share of answer tokens that are predicted otherwise.
 
 The tests fail above the bound. Made by `python scripts/parity_table.py` on {machine}, Python
 {python}:
