@@ -1,5 +1,6 @@
 """Reading other people's checkpoints, and writing ours in one move."""
 
+import errno
 import os
 import shutil
 import tempfile
@@ -216,7 +217,7 @@ def new_folder(path: Path) -> Iterator[Path]:
             if file.is_file():
                 with open(file, "rb+") as opened:
                     os.fsync(opened.fileno())
-        os.replace(aside, path)
+        _move(aside, path)
     except Exception as error:
         if not _no_room(error):
             raise
@@ -227,6 +228,18 @@ def new_folder(path: Path) -> Iterator[Path]:
         ) from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _move(aside: Path, path: Path) -> None:
+    try:
+        os.replace(aside, path)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTDIR, errno.ENOTEMPTY):
+            raise
+        raise UserError(
+            f"{path}: was made by someone else meanwhile, and is left as it is; run again with "
+            "another --mlx-path"
+        ) from None
 
 
 def _no_room(error: Exception) -> bool:

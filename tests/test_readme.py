@@ -28,7 +28,7 @@ LONG = [
 FLAGS = [
     r"agevlm (demo|train|evaluate|teach)( .*)?",
     r"agevlm-app( .*)?",
-    r"agevlm-convert (assemble|sam|vision) .*",
+    r"agevlm-convert (assemble|sam|teacher-features|vision) .*",
     r"python -m agevlm_mlx\.\w+( .*)?",
     r"python -m app( .*)?",
     r"python -m convert vision .*",

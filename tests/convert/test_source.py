@@ -251,6 +251,23 @@ def test_a_full_disk_in_the_words_of_the_tokenizers_library(tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_two_at_once(tmp_path, kind):
+    out = tmp_path / "out"
+
+    def make() -> None:
+        with source.new_folder(out) as aside:
+            (aside / "config.json").write_text("ours")
+            if kind == "folder":
+                out.mkdir()
+            (out / "config.json" if kind == "folder" else out).write_text("theirs")
+
+    with pytest.raises(UserError, match="made by someone else"):
+        make()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert next(p for p in tmp_path.rglob("*") if p.is_file()).read_text() == "theirs"
+
+
 def test_a_file_where_a_folder_should_be(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be made"), source.new_folder(tmp_path / "file/out"):
