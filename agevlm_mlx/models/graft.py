@@ -10,14 +10,15 @@ import importlib.util
 import inspect
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import mlx.core as mx
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import MODEL_REMAPPING
 
 from ..config import FusionConfig
-from ..errors import UserError
+from ..errors import UserError, one_line
 from .cache import VisionCache
 from .cross_attention import GatedCrossAttention, MapRequest
 
@@ -33,8 +34,9 @@ def build_language_model(text_config: Mapping[str, Any]) -> Any:
     module = importlib.import_module(name)
     try:
         return module.Model(module.ModelArgs.from_dict(dict(text_config)))
-    except (TypeError, ValueError) as error:  # a missing field of ModelArgs, or one that says no
-        raise UserError(f"text_config: {kind} needs more: {error}") from None
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        # A missing field of ModelArgs, or one that its model can make nothing of.
+        raise UserError(f"text_config: {kind} needs more: {one_line(error)}") from None
 
 
 def tie_embeddings(lm: Any, text_config: Mapping[str, Any]) -> None:
@@ -84,6 +86,17 @@ def _why_not(lm: Any, layers: Any) -> str | None:
     return None
 
 
+def _check_caches(lm: Any, kind: str, looking: Iterable[int]) -> None:
+    """Recurrent layers keep a state without the text's position, by which an image is found."""
+    usable = [i for i, cache in enumerate(make_prompt_cache(lm)) if hasattr(cache, "offset")]
+    wrong = [i for i in looking if i not in usable]
+    if wrong:
+        raise UserError(
+            f"fusion_config.layers: {kind} keeps no position in the cache of layers {wrong}; "
+            + (f"choose among {usable}, with 'cross'" if usable else "it cannot be grafted")
+        )
+
+
 def graft(lm: Any, config: FusionConfig) -> tuple[int, ...]:
     """Make `lm` look at images, in place; returns the layers that do."""
     layers = getattr(lm, "layers", None)
@@ -98,9 +111,11 @@ def graft(lm: Any, config: FusionConfig) -> tuple[int, ...]:
                 f"fusion_config.fusion: {kind} takes no "
                 "input_embeddings in mlx-lm, which 'concat' needs; use 'cross'"
             )
+        _check_caches(lm, kind, range(len(layers)))
         _tap_self_attention(type(lm).__module__)
         return tuple(range(len(layers)))
     chosen = cross_layers(config, len(layers))
+    _check_caches(lm, kind, chosen)
     args, dim = lm.args, language_model_width(lm)
     n_heads = config.num_attention_heads or args.num_attention_heads
     n_kv_heads = config.num_key_value_heads or (

@@ -332,6 +332,36 @@ def test_bad_configurations_say_what_to_do(change, message):
         AgeVLM(ModelConfig(**parts))
 
 
+SIZES = dict(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=4, intermediate_size=64,
+             num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-5)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"model_type": "gpt2", "n_ctx": 64, "n_embd": 32, "n_head": 4, "n_layer": 4,
+          "n_positions": 64, "layer_norm_epsilon": 1e-5}, "gpt2 cannot be grafted: its ModelArgs"),
+        ({"model_type": "mamba", "state_size": 8, "conv_kernel": 4, "use_bias": False,
+          "use_conv_bias": True, "time_step_rank": 4}, "mamba cannot be grafted: expected"),
+        ({"model_type": "qwen3_vl", "text_config": {**SIZES, "model_type": "qwen3",
+          "head_dim": 8, "max_position_embeddings": 64, "rope_theta": 1e4,
+          "tie_word_embeddings": True}}, "take a text-only checkpoint"),
+        ({"model_type": "iquestloopcoder", "head_dim": 8, "max_position_embeddings": 64},
+         "called without a cache"),
+        ({"model_type": "falcon_h1", "head_dim": 8, "max_position_embeddings": 64,
+          "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "attention_bias": False},
+         r"no position in the cache of layers \[1, 2\]"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("fusion", ["cross", "concat"])
+def test_a_language_model_that_cannot_look_says_why(config, reason, fusion):
+    layers = (1, 2) if fusion == "cross" else None
+    parts = {"text_config": SIZES | config, "vision_config": VISION}
+    with pytest.raises(UserError, match=reason if fusion == "cross" else None) as caught:
+        AgeVLM(ModelConfig(**parts, fusion_config=FusionConfig(fusion=fusion, layers=layers)))
+    assert "\n" not in str(caught.value)
+
+
 def test_concat_needs_input_embeddings():
     config = {"model_type": "nemotron", "hidden_size": 32, "hidden_act": "relu2",
               "num_hidden_layers": 2, "intermediate_size": 64, "num_attention_heads": 4,
