@@ -112,7 +112,8 @@ class _Reader:
             kind, count = self.number("I"), self.number("Q")
             if kind in _SCALARS:
                 return self.numbers(_SCALARS[kind], count)
-            return [self.value(kind) for _ in range(count)]
+            if kind == 8:
+                return [self.text() for _ in range(count)]
         raise UserError(f"{self.path}: metadata of unknown type {kind}; the file is damaged")
 
 
@@ -139,6 +140,8 @@ def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, _Tensor]]:
                 shape = tuple(reversed(reader.numbers("Q", dimensions)))
                 table.append((name, shape, reader.number("I"), reader.number("Q")))
             align = metadata.get("general.alignment", 32)
+            if not isinstance(align, int) or align < 1:
+                raise UserError(f"{path}: general.alignment: expected 1 or more, got {align!r}")
             start = -(-reader.at // align) * align
     if metadata.get("split.count", 1) > 1:
         raise UserError(
