@@ -113,9 +113,9 @@ def foreign_config(folder: Path) -> tuple[str, dict[str, Any], str]:
             "config.json in it"
         )
     kind = table.get("model_type")
-    if kind in _VISION_HALF:
+    if isinstance(kind, str) and kind in _VISION_HALF:
         kind, table = _VISION_HALF[kind], table.get("vision_config") or {}
-    if kind not in FOREIGN:
+    if not isinstance(kind, str) or kind not in FOREIGN:
         known = ", ".join([*_VISION_HALF, *FOREIGN])
         raise UserError(f"{path}: expected model_type {known}; got {kind!r}")
     return kind, table, str(path)
@@ -201,7 +201,7 @@ def open_vision(where: str, image_size: int | None = None) -> Iterator[Converted
         table = table["vision_config"]
     elif not (
         isinstance(table, dict)
-        and table.get("model_type") in VISION_ENCODERS
+        and str(table.get("model_type")) in VISION_ENCODERS
         and (folder / "preprocessor_config.json").is_file()
         and _is_ours(folder)
     ):

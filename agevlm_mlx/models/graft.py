@@ -34,7 +34,7 @@ def build_language_model(text_config: Mapping[str, Any]) -> Any:
     module = importlib.import_module(name)
     try:
         return module.Model(module.ModelArgs.from_dict(dict(text_config)))
-    except (TypeError, ValueError, LookupError, AttributeError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         # A missing field of ModelArgs, or one that its model can make nothing of.
         raise UserError(f"text_config: {kind} needs more: {one_line(error)}") from None
 

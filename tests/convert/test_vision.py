@@ -303,6 +303,20 @@ def test_a_missing_file(checkpoint, name, capsys):
     assert name in refusal(checkpoint, capsys)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": ["siglip"]}, "expected model_type"),
+        ({"model_type": {}}, "expected model_type"),
+        ({"hidden_size": 10**12}, "cannot be built"),
+        ({"num_hidden_layers": "x"}, "num_hidden_layers"),
+    ],
+)
+def test_a_config_of_nonsense(change, message, checkpoint, tensors, capsys):
+    write(checkpoint, CONFIG | change, tensors)
+    assert message in refusal(checkpoint, capsys)
+
+
 def test_an_existing_folder_is_kept(checkpoint, capsys):
     out = checkpoint.parent / "out"
     out.mkdir()

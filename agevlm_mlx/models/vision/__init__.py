@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ...config import from_dict
-from ...errors import UserError
+from ...errors import UserError, one_line
 from . import clip, convnext, sam, siglip, vit
 
 
@@ -51,7 +51,11 @@ def build_encoder(config: Mapping[str, Any]) -> Any:
             f"vision_config.model_type: expected {' or '.join(VISION_ENCODERS)}, got {kind!r}"
         )
     config_class, encoder = VISION_ENCODERS[kind]
-    return encoder(from_dict(config_class, config, "vision_config"))
+    settings = from_dict(config_class, config, "vision_config")
+    try:
+        return encoder(settings)
+    except ArithmeticError as error:  # sizes beyond what an array can have
+        raise UserError(f"vision_config: {kind} cannot be built: {one_line(error)}") from None
 
 
 def fitted(encoder: Any, name: str, value: mx.array) -> mx.array:
