@@ -170,6 +170,20 @@ def _item(items: list[Any], key: str, dotted: str) -> Any:
     return items[int(key)]
 
 
+#: Layers beyond which a configuration is taken for damaged: no model has them, and building them
+#: would fill the memory.
+MAX_LAYERS = 1000
+
+
+def check_depth(table: Mapping[str, Any], where: str) -> None:
+    """``UserError`` if a model's configuration asks for more than `MAX_LAYERS` layers."""
+    for name in ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depths"):
+        value = table.get(name)
+        for depth in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(depth, int | float) and depth > MAX_LAYERS:
+                raise UserError(f"{where}.{name}: expected at most {MAX_LAYERS}, got {depth}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class FusionConfig:
     """How the image reaches the language model.

@@ -17,7 +17,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import MODEL_REMAPPING
 
-from ..config import FusionConfig
+from ..config import FusionConfig, check_depth
 from ..errors import UserError, one_line
 from .cache import VisionCache
 from .cross_attention import GatedCrossAttention, MapRequest
@@ -31,6 +31,7 @@ def build_language_model(text_config: Mapping[str, Any]) -> Any:
         raise UserError(
             f"text_config.model_type: expected an mlx-lm architecture such as 'llama', got {kind!r}"
         )
+    check_depth(text_config, "text_config")
     module = importlib.import_module(name)
     try:
         return module.Model(module.ModelArgs.from_dict(dict(text_config)))

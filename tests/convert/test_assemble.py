@@ -323,6 +323,7 @@ def test_parts_that_are_none(lm, siglip, tmp_path, capsys):
         ({"model_type": "agevlm"}, "is an AgeVLM already"),
         ({"model_type": None}, "expected a model_type"),
         ({"num_hidden_layers": 3}, "unexpected model.layers.3"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers: expected at most 1000"),
         ({"num_hidden_layers": 5}, "missing model.layers.4"),
         ({"hidden_size": 48}, "expected"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantised by awq"),

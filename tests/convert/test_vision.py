@@ -310,6 +310,7 @@ def test_a_missing_file(checkpoint, name, capsys):
         ({"model_type": {}}, "expected model_type"),
         ({"hidden_size": 10**12}, "cannot be built"),
         ({"num_hidden_layers": "x"}, "num_hidden_layers"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers: expected at most 1000"),
     ],
 )
 def test_a_config_of_nonsense(change, message, checkpoint, tensors, capsys):

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
-from ...config import from_dict
+from ...config import check_depth, from_dict
 from ...errors import UserError, one_line
 from . import clip, convnext, sam, siglip, vit
 
@@ -50,6 +50,7 @@ def build_encoder(config: Mapping[str, Any]) -> Any:
         raise UserError(
             f"vision_config.model_type: expected {' or '.join(VISION_ENCODERS)}, got {kind!r}"
         )
+    check_depth(config, "vision_config")
     config_class, encoder = VISION_ENCODERS[kind]
     settings = from_dict(config_class, config, "vision_config")
     try:
