@@ -1,14 +1,11 @@
 """A language model in a GGUF file, as the Hugging Face checkpoint it was made from.
 
-The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. llama.cpp's converter
-renames tensors, reorders the rows of q and k where it rotates neighbours instead of halves,
-and adds one to Gemma's norms; all of that is undone here. Metadata and tokenizer become
-config.json's keys and a `PreTrainedTokenizerFast`.
+llama.cpp's converter renames tensors, reorders the rows of q and k where it rotates neighbours
+instead of halves, and adds one to Gemma's norms; all of that is undone here. Metadata and
+tokenizer become config.json's keys and a `PreTrainedTokenizerFast`.
 """
 
 import math
-import mmap
-import struct
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from agevlm_mlx.errors import UserError
 
 from . import rules
+from .gguf_file import Tensor, read_header, read_tensors
 from .gguf_tokenizer import build_tokenizer, end_tokens
 from .rules import Rule
 
@@ -37,162 +35,6 @@ class GgufModel:
     tokenizer: PreTrainedTokenizerFast
     #: What the file says of itself (name, license, ...) and how its tensors are stored.
     notes: dict[str, str]
-
-
-@dataclass(frozen=True)
-class _Tensor:
-    name: str
-    shape: tuple[int, ...]  # rows first
-    kind: str
-    start: int  # bytes from the start of the file
-
-
-@dataclass(frozen=True)
-class _Type:
-    name: str
-    values: int  # of a block
-    bytes: int
-
-
-#: ``ggml_type`` -> what `mx.load` reads exactly. It also turns some k-quants into float16, of
-#: which Q4_K came out wrong (mlx 0.32), so none of them is let through.
-_TYPES = {
-    0: _Type("F32", 1, 4),
-    1: _Type("F16", 1, 2),
-    2: _Type("Q4_0", 32, 18),
-    3: _Type("Q4_1", 32, 20),
-    8: _Type("Q8_0", 32, 34),
-    30: _Type("BF16", 1, 2),
-}
-_BITS = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
-#: Names of the other types for messages.
-_OTHER_TYPES = {
-    **{6: "Q5_0", 7: "Q5_1", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K"},
-    **{14: "Q6_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S"},
-    **{20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 29: "IQ1_M", 34: "TQ1_0"},
-    **{35: "TQ2_0", 39: "MXFP4"},
-}
-#: ``gguf_metadata_value_type`` -> struct's letter; 8 is a string and 9 an array.
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?"}
-_SCALARS |= {10: "Q", 11: "q", 12: "d"}
-
-
-class _Reader:
-    """Values one after another from a mapped file, none of them beyond its end."""
-
-    def __init__(self, data: mmap.mmap, path: Path):
-        self.data, self.path, self.at = data, path, 0
-
-    def take(self, size: int) -> bytes:
-        if size > len(self.data) - self.at:
-            raise UserError(
-                f"{self.path}: ends within its header, after {len(self.data)} bytes; the file "
-                "is incomplete or damaged, download it again"
-            )
-        self.at += size
-        return self.data[self.at - size : self.at]
-
-    def numbers(self, letter: str, count: int) -> list[Any]:
-        """`count` values, float32 as the shortest decimal that means them (1e-05)."""
-        values = struct.unpack(f"<{count}{letter}", self.take(count * struct.calcsize(letter)))
-        return [float(str(np.float32(v))) for v in values] if letter == "f" else list(values)
-
-    def number(self, letter: str) -> Any:
-        return self.numbers(letter, 1)[0]
-
-    def text(self) -> str:
-        return self.take(self.number("Q")).decode("utf-8", errors="replace")
-
-    def value(self, kind: int) -> Any:
-        if kind in _SCALARS:
-            return self.number(_SCALARS[kind])
-        if kind == 8:
-            return self.text()
-        if kind == 9:
-            kind, count = self.number("I"), self.number("Q")
-            if kind in _SCALARS:
-                return self.numbers(_SCALARS[kind], count)
-            if kind == 8:
-                return [self.text() for _ in range(count)]
-        raise UserError(f"{self.path}: metadata of unknown type {kind}; the file is damaged")
-
-
-def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, _Tensor]]:
-    """Metadata, and where each tensor lies; checks types and that the file is whole."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; expected a GGUF file")
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        magic = file.read(4)
-        if magic != b"GGUF":
-            raise UserError(f"{path}: expected a GGUF file, got one that starts with {magic!r}")
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            reader = _Reader(data, path)
-            reader.take(4)
-            version = reader.number("I")
-            if version not in (2, 3):
-                raise UserError(f"{path}: expected GGUF version 2 or 3, got {version}")
-            tensor_count, value_count = reader.numbers("Q", 2)
-            metadata = {reader.text(): reader.value(reader.number("I")) for _ in range(value_count)}
-            table = []
-            for _ in range(tensor_count):
-                name, dimensions = reader.text(), reader.number("I")
-                shape = tuple(reversed(reader.numbers("Q", dimensions)))
-                table.append((name, shape, reader.number("I"), reader.number("Q")))
-            align = metadata.get("general.alignment", 32)
-            if not isinstance(align, int) or align < 1:
-                raise UserError(f"{path}: general.alignment: expected 1 or more, got {align!r}")
-            start = -(-reader.at // align) * align
-    if metadata.get("split.count", 1) > 1:
-        raise UserError(
-            f"{path}: one of {metadata['split.count']} parts; merge them first with "
-            "llama-gguf-split --merge"
-        )
-    tensors = {}
-    for name, shape, number, offset in table:
-        if number not in _TYPES:
-            kind = _OTHER_TYPES.get(number, f"type {number}")
-            raise UserError(
-                f"{path}: {name} is stored as {kind}, expected {', '.join(_names())}; take the "
-                "Q8_0 or F16 file of this model, or its original checkpoint"
-            )
-        kind = _TYPES[number]
-        end = start + offset + math.prod(shape) // kind.values * kind.bytes
-        if end > size:
-            raise UserError(
-                f"{path}: expected at least {end} bytes, got {size}: {name} is not all there; "
-                "the file is incomplete, download it again"
-            )
-        tensors[name] = _Tensor(name, shape, kind.name, start + offset)
-    return metadata, tensors
-
-
-def _names() -> list[str]:
-    return [kind.name for kind in _TYPES.values()]
-
-
-def _read_tensors(path: Path, tensors: Mapping[str, _Tensor]) -> dict[str, mx.array]:
-    """Each tensor in its own shape, quantised ones still packed until they are evaluated."""
-    try:
-        stored: Any = mx.load(str(path), format="gguf")
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"{path}: not a readable GGUF file: {error}") from None
-    dense = {}
-    for name, tensor in tensors.items():
-        array = stored.pop(name)
-        if tensor.kind == "BF16":  # mx.load rounds it to float16
-            raw = np.memmap(path, np.uint16, "r", tensor.start, tensor.shape)
-            array = mx.array(raw).view(mx.bfloat16)
-        elif tensor.kind in _BITS:
-            # The scales are float16: widened first, every value is exactly ggml's own.
-            scales, biases = (
-                stored.pop(name.removesuffix("weight") + part).astype(mx.float32)
-                for part in ("scales", "biases")
-            )
-            bits = _BITS[tensor.kind]
-            array = mx.dequantize(array, scales, biases, group_size=32, bits=bits)
-        dense[name] = array.reshape(tensor.shape)
-    return dense
 
 
 # Configuration
@@ -278,9 +120,7 @@ def _llama3_scaling(path: Path, factors: mx.array, theta: float, head: int) -> d
     return scaling
 
 
-def _config(
-    keys: _Keys, tensors: Mapping[str, _Tensor], factors: mx.array | None
-) -> dict[str, Any]:
+def _config(keys: _Keys, tensors: Mapping[str, Tensor], factors: mx.array | None) -> dict[str, Any]:
     """What config.json says of every architecture here."""
     if "token_embd.weight" not in tensors:
         raise UserError(f"{keys.path}: found no token_embd.weight; expected a whole model")
@@ -445,7 +285,7 @@ def read_gguf(path: Path, dtype: mx.Dtype = mx.float32) -> GgufModel:
     an architecture, tensor type or tokenizer that is not known here.
     """
     path = Path(path)
-    metadata, tensors = _read_header(path)
+    metadata, tensors = read_header(path)
     keys = _Keys(metadata, path)
     family = _FAMILIES.get(keys.architecture)
     if family is None:
@@ -454,7 +294,7 @@ def read_gguf(path: Path, dtype: mx.Dtype = mx.float32) -> GgufModel:
             f"{metadata.get('general.architecture')!r}; convert the original checkpoint instead"
         )
     tokenizer = build_tokenizer(metadata, path)
-    arrays = _read_tensors(path, tensors)
+    arrays = read_tensors(path, tensors)
     config = _config(keys, tensors, arrays.get("rope_freqs.weight"))
     config |= family.config(keys, config)
     config |= {"model_type": family.model_type, "architectures": [family.architecture]}

@@ -1,4 +1,4 @@
-"""Sizes, time and peak memory of assembling the two models that the README names.
+"""Sizes, time and peak memory (Linux) of assembling the two models that the README names.
 
 Makes the published parts with random weights (same shapes, same dtypes, same file layout), so
 that it needs no network, and runs the command that a user runs on them.
