@@ -7,8 +7,11 @@ from .openblas import preload
 
 if TYPE_CHECKING:
     from .config import ModelConfig
-    from .generate import generate, stream_generate
+    from .conversation import Conversation
+    from .data.records import Turn
+    from .generation import batch_generate, generate, stream_generate
     from .models.agevlm import AgeVLM
+    from .sampling import Sampling
     from .weights import load
 
 preload()  # before anything imports mlx
@@ -18,20 +21,37 @@ try:
 except metadata.PackageNotFoundError:  # a checkout that is not installed
     __version__ = "0+unknown"
 
-__all__ = ["AgeVLM", "ModelConfig", "__version__", "generate", "load", "stream_generate"]
+__all__ = [
+    "AgeVLM",
+    "Conversation",
+    "ModelConfig",
+    "Sampling",
+    "Turn",
+    "__version__",
+    "batch_generate",
+    "generate",
+    "load",
+    "stream_generate",
+]
 
 _HOME = {
     "AgeVLM": ".models.agevlm",
+    "Conversation": ".conversation",
     "ModelConfig": ".config",
+    "Sampling": ".sampling",
+    "Turn": ".data.records",
+    "batch_generate": ".generation",
     "load": ".weights",
+    "stream_generate": ".generation",
 }
 
 
 def __getattr__(name: str) -> Any:
-    # `generate` is also a submodule: importing the package stays quick, and the function wins.
-    if name in ("generate", "stream_generate"):
-        module = import_module(".generate", __name__)
-        globals().update(generate=module.generate, stream_generate=module.stream_generate)
+    if name == "generate":
+        # Also the name of a command's module, which Python would put here when it is imported:
+        # once both are, the function wins.
+        import_module(".generate", __name__)
+        globals()[name] = import_module(".generation", __name__).generate
         return globals()[name]
     if name in _HOME:
         return getattr(import_module(_HOME[name], __name__), name)

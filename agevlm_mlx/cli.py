@@ -10,6 +10,9 @@ from . import __version__, errors
 COMMANDS = {
     "demo": ("demo", "train, compare and report the embedded example, end to end"),
     "generate": ("generate", "ask a question about an image and see where the answer looked"),
+    "chat": ("chat", "talk about images in the terminal, and draw where a word looked"),
+    "serve": ("serve", "answer over HTTP, as OpenAI's chat completions do"),
+    "benchmark": ("benchmark", "measure speed and memory on this machine"),
     "train": ("train", "train a model from a recipe (the embedded one by default)"),
     "evaluate": ("evaluate", "score a model on a benchmark"),
     "teach": ("teach", "run the SAM teacher over images and store its masks and features"),

@@ -16,13 +16,13 @@ from pathlib import Path
 import mlx.core as mx
 from PIL import Image
 
+from agevlm_mlx.conversation import Conversation
+from agevlm_mlx.data.image import ImageSource
 from agevlm_mlx.errors import UserError
 from agevlm_mlx.evaluation.overlay import overlay
-from agevlm_mlx.evaluation.words import word_maps
-from agevlm_mlx.generate import look, stream_generate
+from agevlm_mlx.image_store import ImageStore
+from agevlm_mlx.sampling import Sampling
 from agevlm_mlx.weights import Loaded
-
-ImageSource = str | Path | bytes | Image.Image
 
 
 @dataclass(frozen=True)
@@ -136,9 +136,10 @@ class Session:
                 started.put(error)
                 return
             started.put(loaded.path)
+            store = ImageStore(loaded.model, loaded.preprocessor)
             while (job := self._jobs.get()) is not None:
                 if not job.unwanted.is_set():
-                    self._answer(loaded, job)
+                    self._answer(loaded, store, job)
             while not self._jobs.empty():
                 if waiting := self._jobs.get():
                     waiting.events.put(_Failed(RuntimeError("the model is closed")))
@@ -146,13 +147,14 @@ class Session:
             # Without it MLX 0.32 aborts the process at exit, in one of four runs.
             mx.clear_streams()
 
-    def _answer(self, loaded: Loaded, job: _Job) -> None:
+    def _answer(self, loaded: Loaded, store: ImageStore, job: _Job) -> None:
         try:
-            for event in _stream(loaded, job):
+            for event in _stream(loaded, store, job):
                 if job.unwanted.is_set() or self._closed.is_set():
                     job.events.put(_Failed(RuntimeError("stopped")))
                     return
-                job.events.put(event)
+                if not isinstance(event, Piece) or event.text:
+                    job.events.put(event)
         except UserError as error:
             job.events.put(_Failed(error))
         except Exception as error:
@@ -161,25 +163,18 @@ class Session:
             job.events.put(_Failed(RuntimeError(told)))
 
 
-def _stream(loaded: Loaded, job: _Job) -> Iterator[Piece | Done]:
+def _stream(loaded: Loaded, store: ImageStore, job: _Job) -> Iterator[Piece | Done]:
     start = time.monotonic()
-    pixels, (picture,) = look(loaded.preprocessor, [job.image])
-    answer, last, first = "", None, 0.0
-    for last in stream_generate(
-        loaded.model,
-        loaded.tokenizer,
-        loaded.preprocessor,
-        job.question,
-        max_tokens=job.max_tokens,
-        prompt_cache=loaded.model.see(pixels),
-    ):
+    chat = Conversation(loaded, store=store)
+    last, first = None, 0.0
+    sampling = Sampling(max_tokens=job.max_tokens)
+    for last in chat.ask(job.question, job.image, sampling):
         first = first or time.monotonic() - start
-        answer += last.text
-        if last.text:
-            yield Piece(last.text)
+        yield Piece(last.text)  # also an empty one: between two, a job can be stopped
+    (picture,) = chat.pictures()
     words = []
-    for word in word_maps(loaded.model, loaded.tokenizer, pixels, job.question, answer.strip()):
-        (attn_map,) = word.maps
-        shown = overlay(picture.image, attn_map, picture.geometry)
-        words.append(WordView(word.word, word.role, shown, float(attn_map.sum())))
-    yield Done(answer.strip(), tuple(words), first, last.generation_tps if last else 0.0)
+    for word in chat.word_maps():
+        shown = overlay(picture.image, word.maps[0], picture.geometry)
+        words.append(WordView(word.word, word.role, shown, word.on_image))
+    said = chat.turns[-1].text
+    yield Done(said, tuple(words), first, last.generation_tps if last else 0.0)

@@ -13,7 +13,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from PIL import Image
 
 import agevlm_mlx
-from agevlm_mlx import generate, stream_generate
+from agevlm_mlx import generate, generation, stream_generate
 from agevlm_mlx.config import ModelConfig
 from agevlm_mlx.data import chat
 from agevlm_mlx.data.image import Preprocessor
@@ -112,9 +112,10 @@ def test_a_conversation_and_a_text_without_image(loaded, photo):
 
 
 def test_the_functions_are_the_packages_own():
-    module = import_module("agevlm_mlx.generate")
-    assert agevlm_mlx.generate is module.generate
-    assert agevlm_mlx.stream_generate is module.stream_generate
+    import_module("agevlm_mlx.generate")  # the command's module has the name of the function
+    assert agevlm_mlx.generate is generation.generate
+    assert agevlm_mlx.stream_generate is generation.stream_generate
+    assert agevlm_mlx.batch_generate is generation.batch_generate
 
 
 # --- words and their maps ----------------------------------------------------------------------
@@ -131,13 +132,13 @@ def test_content_words_name_something():
 def test_each_word_gets_the_mean_over_its_tokens(loaded, photo):
     model, tokenizer = loaded.model, loaded.tokenizer
     pixels = mx.array(loaded.preprocessor(Image.open(photo))[0])[None]
-    words = word_maps(model, tokenizer, pixels, "Where is the car?", "A dog and a car.")
+    turns = (Turn("user", "Where is the car?"), Turn("assistant", "A dog and a car."))
+    words = word_maps(model, tokenizer, model.see(pixels), turns)
     assert [(w.word, w.role) for w in words] == [
         ("car", "user"),
         ("dog", "assistant"),
         ("car", "assistant"),
     ]
-    turns = (Turn("user", "Where is the car?"), Turn("assistant", "A dog and a car."))
     ids = list(chat.encode(tokenizer, turns, ()).ids)
     spelled = [tokenizer.decode([i]).strip() for i in ids]
     asked, answered = (n for n, word in enumerate(spelled) if word == "car")
@@ -154,7 +155,8 @@ def test_each_word_gets_the_mean_over_its_tokens(loaded, photo):
 
 def test_no_word_no_map(loaded, photo):
     pixels = mx.array(loaded.preprocessor(Image.open(photo))[0])[None]
-    assert word_maps(loaded.model, loaded.tokenizer, pixels, "What is it?", "") == []
+    turns = (Turn("user", "What is it?"), Turn("assistant", ""))
+    assert word_maps(loaded.model, loaded.tokenizer, loaded.model.see(pixels), turns) == []
 
 
 # --- the command -------------------------------------------------------------------------------

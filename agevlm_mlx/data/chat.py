@@ -69,6 +69,23 @@ def prompt_ids(tokenizer: Any, turns: Sequence[Turn]) -> list[int]:
     return _fast(tokenizer)(_render(tokenizer, turns, True), add_special_tokens=False)["input_ids"]
 
 
+def turn_starts(tokenizer: Any, turns: Sequence[Turn]) -> list[int]:
+    """For each turn, the position in `prompt_ids` at which it begins."""
+    text = _render(tokenizer, turns, True)
+    starts = [0]
+    for k in range(1, len(turns)):
+        before = _render(tokenizer, turns[:k], False)
+        if text.startswith(before):
+            starts.append(len(before))
+        else:  # a template that changes earlier turns: right after the words of the last one
+            starts.append(_places(tokenizer, turns, text, True)[k - 1][1])
+    if len(turns) == 1:
+        return starts
+    batch = _fast(tokenizer)(text, add_special_tokens=False, return_offsets_mapping=True)
+    lows = [low for low, _ in batch["offset_mapping"]]
+    return [next((i for i, low in enumerate(lows) if low >= s), len(lows)) for s in starts]
+
+
 def encode(tokenizer: Any, turns: Sequence[Turn], phrases: Sequence[Phrase]) -> Encoded:
     """Tokenise a whole conversation.
 
@@ -102,7 +119,9 @@ def encode(tokenizer: Any, turns: Sequence[Turn], phrases: Sequence[Phrase]) -> 
     return Encoded(tuple(ids), tuple(loss_mask), spans)
 
 
-def _places(tokenizer: Any, turns: Sequence[Turn], text: str) -> list[tuple[int, int]]:
+def _places(
+    tokenizer: Any, turns: Sequence[Turn], text: str, add_generation_prompt: bool = False
+) -> list[tuple[int, int]]:
     """Where each turn's first character is in the rendered `text`, and where the turn ends.
 
     The template is rendered a second time with marks instead of messages: a search for the
@@ -110,13 +129,13 @@ def _places(tokenizer: Any, turns: Sequence[Turn], text: str) -> list[tuple[int,
     """
     marks = [f"\ue000{k}\ue001" for k in range(len(turns))]
     marked = [Turn(turn.role, mark) for turn, mark in zip(turns, marks, strict=True)]
-    pieces = re.split("\ue000[0-9]+\ue001", _render(tokenizer, marked, False))
+    pieces = re.split("\ue000[0-9]+\ue001", _render(tokenizer, marked, add_generation_prompt))
     if len(pieces) == len(turns) + 1:
         # Templates may strip messages, some only those of one side.
         for user, assistant in product((str, str.strip, str.rstrip, str.lstrip), repeat=2):
             places, built = [], pieces[0]
             for turn, piece in zip(turns, pieces[1:], strict=True):
-                kept = (user if turn.role == "user" else assistant)(turn.text)
+                kept = (assistant if turn.role == "assistant" else user)(turn.text)
                 places.append((len(built) - turn.text.index(kept), len(built) + len(kept)))
                 built += kept + piece
             if built == text:

@@ -22,12 +22,14 @@ from PIL import Image, ImageOps
 from ..config import from_dict
 from ..errors import UserError, one_line
 
+#: What a picture may be given as: a path, the bytes of a file, or a PIL image.
+ImageSource = str | Path | bytes | Image.Image
 #: Pixels beyond which an image is refused before it is decoded.
 MAX_PIXELS = 50_000_000
 
 
 def load_image(
-    source: str | Path | bytes | Image.Image, *, max_pixels: int = MAX_PIXELS
+    source: ImageSource, *, max_pixels: int = MAX_PIXELS
 ) -> Image.Image:
     """Decode an image as upright RGB.
 

@@ -47,10 +47,15 @@ class Phrase:
 
 @dataclass(frozen=True)
 class Turn:
-    """One message of a conversation."""
+    """One message of a conversation.
 
-    role: Literal["user", "assistant"]
+    images: the pictures (`data.image.ImageSource`) that the message brings when a model is asked;
+    the text sees them from this turn on. A record of training data has one image instead.
+    """
+
+    role: Literal["system", "user", "assistant"]
     text: str
+    images: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)

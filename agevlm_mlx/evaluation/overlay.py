@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ..data.image import Geometry
+from .grounding import grounding_score
 from .metrics import peak_cell
 
 #: Viridis (matplotlib, CC0) at 17 even steps: perceptually uniform, safe for colour-blind eyes.
@@ -153,6 +154,16 @@ class WordMap:
     word: str
     maps: tuple[np.ndarray, ...]
     role: str = "assistant"
+
+    @property
+    def on_image(self) -> float:
+        """The share of the attention that went to the pictures, 0..1."""
+        return float(sum(m.sum() for m in self.maps))
+
+    @property
+    def grounding(self) -> float:
+        """How definite the look was, 0..1; see `grounding_score`."""
+        return grounding_score(np.concatenate([m.ravel() for m in self.maps]))
 
 
 def word_sheet(

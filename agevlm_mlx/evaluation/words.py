@@ -32,41 +32,44 @@ def content_words(text: str) -> Iterator[tuple[str, int, int]]:
 
 
 def word_maps(
-    model: Any, tokenizer: Any, pixels: mx.array, question: str, answer: str
+    model: Any, tokenizer: Any, cache: Sequence[Any], turns: Sequence[Turn], skip: int = 0
 ) -> list[WordMap]:
-    """A map for each content word, from one pass over the question and its answer.
+    """A map for each content word of the last question and its answer, from one pass over the
+    conversation.
 
-    pixels f32 [1 Hi Wi 3], or [1 M Hi Wi 3] for M images. A map is the mean over the looking
-    layers, the heads and the tokens of the word; for a word of the answer the token before it
-    counts too, the place where the word was chosen. A word said twice gets one map.
+    cache: one in which the images are placed and nothing else is read but the first `skip`
+    positions of the text (`prompts.begin`). turns: the conversation, with the answer at its end.
+    A map is the mean over the looking layers, the heads and the tokens of the word; for a word of
+    the answer the token before it counts too, the place where the word was chosen. A word said
+    twice gets one map.
     """
-    turns = (Turn("user", question), Turn("assistant", answer))
-    phrases = list(_phrases(turns))
+    first = max(len(turns) - 2, 0)
+    phrases = [phrase for phrase in _phrases(turns) if phrase.turn >= first]
     if not phrases:
         return []
     encoded = chat.encode(tokenizer, turns, tuple(phrases))
-    prompt = len(chat.prompt_ids(tokenizer, turns[:1]))
+    prompt = len(chat.prompt_ids(tokenizer, turns[:-1]))
     columns, owner = [], []
     for n, (phrase, span) in enumerate(zip(phrases, encoded.spans, strict=True)):
-        own = [c for c in span if phrase.turn == 1 or c < prompt - 1]
+        asked = turns[phrase.turn].role == "user"
+        own = [c - skip for c in span if not (asked and c >= prompt - 1) and c >= skip]
         columns += own
         owner += [n] * len(own)
     if not columns:
         return []
     _, maps = model.attend(
-        mx.array([encoded.ids]),
-        model.see(pixels),
+        mx.array([encoded.ids[skip:]]),
+        cache,
         mx.zeros(len(columns), mx.int32),
         mx.array(columns),
     )
     means = np.array(maps.mean((1, 2)), np.float32)
-    images = pixels.shape[1] if pixels.ndim == 5 else 1
     words: dict[tuple[str, str], list[np.ndarray]] = {}
     for column, n in enumerate(owner):
         key = (phrases[n].text.lower(), turns[phrases[n].turn].role)
         words.setdefault(key, []).append(means[column])
     return [
-        WordMap(word, tuple(np.mean(found, 0).reshape(images, *model.grid)), role)
+        WordMap(word, tuple(np.mean(found, 0).reshape(-1, *model.grid)), role)
         for (word, role), found in words.items()
     ]
 

@@ -5,9 +5,11 @@ returns an ordinary prompt cache that also holds the images, so that everything 
 that takes a prompt cache works on images too.
 """
 
+import contextlib
 import copy
 import math
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -16,10 +18,29 @@ from mlx_lm.models.cache import ConcatenateKVCache, KVCache, RotatingKVCache, ma
 
 from ..config import ModelConfig
 from .cache import VisionCache
-from .cross_attention import MapRequest
+from .cross_attention import MapRequest, Recorder
 from .graft import build_language_model, graft, language_model_width, tie_embeddings
 from .projector import PROJECTORS
 from .vision import build_encoder
+
+
+@dataclass(frozen=True)
+class SeenImage:
+    """What a model keeps of one image, whatever is asked about it.
+
+    layers: for each looking layer its keys and values [1 K S H], without the null slot; with
+        ``fusion = "concat"`` only the projected tokens ([1 S D],).
+    """
+
+    layers: tuple[tuple[mx.array, ...], ...]
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        return [array for layer in self.layers for array in layer]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self.arrays)
 
 
 class AgeVLM(nn.Module):
@@ -65,9 +86,12 @@ class AgeVLM(nn.Module):
     def args(self) -> Any:
         return self.language_model.args
 
-    def make_cache(self) -> list[Any]:
-        """An empty prompt cache for text alone; images can be added to it by `see`."""
-        return self._wrap(make_prompt_cache(self.language_model))
+    def make_cache(self, max_kv_size: int | None = None) -> list[Any]:
+        """An empty prompt cache for text alone; images can be added to it.
+
+        max_kv_size: keep only that many text tokens (and the first four); images all stay.
+        """
+        return self._wrap(make_prompt_cache(self.language_model, max_kv_size))
 
     def _wrap(self, cache: list[Any]) -> list[Any]:
         return [VisionCache(c) if i in self._looking else c for i, c in enumerate(cache)]
@@ -111,12 +135,43 @@ class AgeVLM(nn.Module):
             return self.share(seen, texts)
         if texts != 1:
             raise ValueError(f"expected texts=1 with a given cache, got {texts}")
+        return self.place(cache, self.remember(z_img))
+
+    def remember(self, z_img: mx.array) -> SeenImage:
+        """Projected tokens [B S D] -> all that the language model needs of them, computed once."""
         if self.fusion == "concat":
-            return self._prefix(z_img, cache)
-        for i in self._looking:
+            return SeenImage(((z_img,),))
+        blocks = [self.language_model.layers[i].cross_attn for i in self._looking]
+        return SeenImage(tuple(block.project(z_img, null=False) for block in blocks))
+
+    def place(self, cache: list[Any], image: SeenImage, start: int | None = None) -> list[Any]:
+        """Let the text of `cache` see an image from text position `start` on (default: the next).
+
+        With ``fusion = "concat"`` the image's tokens go through the model here and now.
+        ``ValueError`` if the image was remembered by a model of other sizes.
+        """
+        if self.fusion == "concat":
+            if not image.layers:
+                raise ValueError("expected the tokens of the image, which were not kept")
+            offset = cache[0].offset
+            if start is not None and start != offset:
+                raise ValueError(f"concat places an image at the next position {offset}: {start}")
+            return self._prefix(image.layers[0][0], cache)
+        if len(image.layers) != len(self._looking):
+            raise ValueError(
+                f"expected an image of {len(self._looking)} looking layers, "
+                f"got {len(image.layers)}; was it remembered by another model?"
+            )
+        for i, (keys, values) in zip(self._looking, image.layers, strict=True):
             block = self.language_model.layers[i].cross_attn
-            keys, values = block.project(z_img, null=cache[i].vision is None)
-            cache[i].add(keys, values, null=block.null_slots)
+            if (keys.shape[1], keys.shape[3]) != (block.n_kv_heads, block.head_dim):
+                raise ValueError(
+                    f"layer {i}: expected image keys [B {block.n_kv_heads} S {block.head_dim}], "
+                    f"got {list(keys.shape)}; was it remembered by another model?"
+                )
+            if cache[i].vision is None:
+                keys, values = block.with_null(keys, values)
+            cache[i].add(keys, values, null=block.null_slots, start=start)
         return cache
 
     def share(self, seen: list[Any], texts: int) -> list[Any]:
@@ -131,11 +186,12 @@ class AgeVLM(nn.Module):
     def _prefix(self, z_img: mx.array, cache: list[Any]) -> list[Any]:
         """Concat: the image tokens are the first tokens of the text's own cache."""
         ids = mx.zeros(z_img.shape[:2], mx.int32)
-        at_start = isinstance(cache[0].offset, int) and cache[0].offset == 0
+        # Images that follow each other at the start are one prefix.
+        at_start = isinstance(cache[0].offset, int) and cache[0].offset == cache[0].prefix
         self.language_model.model(ids, cache=cache, input_embeddings=z_img)
         for entry in cache:
             if at_start:
-                entry.prefix = z_img.shape[1]
+                entry.prefix += z_img.shape[1]
         return cache
 
     def __call__(
@@ -177,6 +233,19 @@ class AgeVLM(nn.Module):
             for entry in looking:
                 entry.request = None
         return logits, mx.stack(request.maps, axis=1)
+
+    @contextlib.contextmanager
+    def record(self, cache: list[Any], first: int = 0, newest: int = 1) -> Iterator[Recorder]:
+        """Keep where the newest text positions look, from position `first` on, in every call
+        with `cache` inside the block; see `Recorder`. For one sequence (B = 1)."""
+        recorder = Recorder(len(self._looking), first, newest)
+        for i in self._looking:
+            cache[i].request = recorder
+        try:
+            yield recorder
+        finally:
+            for i in self._looking:
+                cache[i].request = None
 
     def image_bytes(self, cache: list[Any]) -> int:
         """Bytes that the images take in `cache`, whatever the length of the text."""

@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models import cache as mlx_lm_cache
 
-from .cross_attention import NEVER, MapRequest, VisionKV
+from .cross_attention import NEVER, MapRequest, Recorder, VisionKV
 
 
 def _pad(vision: VisionKV, size: int) -> VisionKV:
@@ -64,8 +64,8 @@ class VisionCache:
         self.text = text
         self.vision = vision
         self.prefix = prefix
-        #: Set for one call by ``AgeVLM.attend``.
-        self.request: MapRequest | None = None
+        #: Set for one call by ``AgeVLM.attend``, for all calls by ``AgeVLM.record``.
+        self.request: MapRequest | Recorder | None = None
 
     def __getattr__(self, name: str) -> Any:
         # Everything that concerns the text (update_and_fetch, make_mask, trim, bits, ...).
@@ -78,8 +78,13 @@ class VisionCache:
             raise AttributeError(name)
         value = getattr(self.text, name)
         if name == "to_quantized":
-            return lambda *args, **kw: VisionCache(value(*args, **kw), self.vision, self.prefix)
+            return lambda *args, **kw: self._with_text(value(*args, **kw))
         return value
+
+    def _with_text(self, text: Any) -> "VisionCache":
+        other = VisionCache(text, self.vision, self.prefix)
+        other.request = self.request
+        return other
 
     @property
     def offset(self) -> Any:
@@ -93,29 +98,33 @@ class VisionCache:
     def nbytes(self) -> int:
         return self.text.nbytes + (self.vision.nbytes if self.vision else 0)
 
-    def add(self, keys: mx.array, values: mx.array, *, null: int = 1) -> None:
+    def add(
+        self, keys: mx.array, values: mx.array, *, null: int = 1, start: int | None = None
+    ) -> None:
         """Let the text from here on see images with these keys and values [B K S H].
 
-        The null slot, if any, must come with the first images only.
+        start: the first text position that sees them, if that is not the next one. The null
+        slot, if any, must come with the first images only.
         """
-        offset = self.text.offset
-        fresh = isinstance(offset, int) and offset == 0
-        if self.vision is None:
-            self.vision = VisionKV(keys, values, None, 1, null)
-            if fresh:
-                return
-            start = mx.zeros(keys.shape[::2], mx.int32)  # B S
-            self.vision.start = start + mx.reshape(mx.array(offset), (-1, 1))
+        seen, B, S = self.vision, keys.shape[0], keys.shape[2]
+        at = self.text.offset if start is None else start
+        from_the_beginning = isinstance(at, int) and at == 0
+        now = None
+        if not from_the_beginning or (seen is not None and seen.start is not None):
+            now = mx.broadcast_to(mx.reshape(mx.array(at), (-1, 1)), (B, S)).astype(mx.int32)
+        if seen is None:
+            self.vision = VisionKV(keys, values, now, 1, null)
             return
-        seen, B = self.vision, keys.shape[0]
-        start = None
-        if seen.start is not None or not fresh:
-            now = mx.broadcast_to(mx.reshape(mx.array(offset), (-1, 1)), (B, keys.shape[2]))
-            start = mx.concatenate([seen.starts(), now.astype(mx.int32)], axis=1)
+        if seen.keys.shape[:2] + seen.keys.shape[3:] != keys.shape[:2] + keys.shape[3:]:
+            raise ValueError(
+                f"expected image keys [{seen.keys.shape[0]} {seen.keys.shape[1]} S "
+                f"{seen.keys.shape[3]}] as the cache has, got {list(keys.shape)}; "
+                "were they made by another model?"
+            )
         self.vision = VisionKV(
             mx.concatenate([seen.keys, keys], axis=2),
             mx.concatenate([seen.values, values], axis=2),
-            start,
+            None if now is None else mx.concatenate([seen.starts(), now], axis=1),
             seen.texts,
             seen.null,
         )

@@ -6,10 +6,12 @@ queries and keys, attention over the image tokens and one learnable null slot, a
 gate on the residual.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 import mlx.nn as nn
+
+from ..kernels import decode_attention, guided_attention
 
 #: A token position that no text ever reaches: image slots that start here are hidden.
 NEVER = 2**30
@@ -66,6 +68,42 @@ class MapRequest:
     maps: list[mx.array]
 
 
+@dataclass
+class Recorder:
+    """Keeps where the newest text positions of one sequence looked while a model generates.
+
+    layers: L, how many layers look. first: the first text position that is kept. newest: how
+        many of a call's last positions are kept (speculative decoding judges several at once).
+    maps: text position -> fp32 [B S] of each layer so far: the mean over the heads, without
+        the null slot. A position that is computed again replaces what was kept.
+    """
+
+    layers: int
+    first: int = 0
+    newest: int = 1
+    maps: dict[int, list[mx.array]] = field(default_factory=dict)
+
+    def columns(self, offset: int | mx.array, T: int) -> range:
+        """Which of the T columns of a call that starts at text position `offset` are kept.
+
+        ``ValueError`` for a batch, whose rows are at positions of their own.
+        """
+        if not isinstance(offset, int):
+            raise ValueError("expected one sequence to record, got a batch")
+        return range(max(T - self.newest, self.first - offset, 0), T)
+
+    def add(self, position: int, attn_map: mx.array) -> None:
+        """One layer's map of a position; layers come in order."""
+        kept = self.maps.get(position, [])
+        self.maps[position] = [attn_map] if len(kept) == self.layers else [*kept, attn_map]
+
+    def take(self, position: int) -> mx.array:
+        """fp32 [B L S]; it and all before it are forgotten."""
+        taken = self.maps[position]
+        self.maps = {p: maps for p, maps in self.maps.items() if p > position}
+        return mx.stack(taken, axis=1)
+
+
 class GatedCrossAttention(nn.Module):
     """``x + tanh(gate) * attention(norm(x), image)``, the identity when the gate is 0."""
 
@@ -111,11 +149,16 @@ class GatedCrossAttention(nn.Module):
         shape = (B, S, self.n_kv_heads, self.head_dim)
         keys = self.k_norm(self.k_proj(z_img).reshape(shape)).swapaxes(1, 2)
         values = self.v_proj(z_img).reshape(shape).swapaxes(1, 2)
-        if null and self.null_slots:
-            head = (B, self.n_kv_heads, 1, self.head_dim)
-            null_key, null_value = self.null_key[None, :, None], self.null_value[None, :, None]
-            keys = mx.concatenate([mx.broadcast_to(null_key, head), keys], axis=2)
-            values = mx.concatenate([mx.broadcast_to(null_value, head), values], axis=2)
+        return self.with_null(keys, values) if null else (keys, values)
+
+    def with_null(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Keys and values [B K S H] with the null slot, if the layer has one, before them."""
+        if not self.null_slots:
+            return keys, values
+        head = (keys.shape[0], self.n_kv_heads, 1, self.head_dim)
+        null_key, null_value = self.null_key[None, :, None], self.null_value[None, :, None]
+        keys = mx.concatenate([mx.broadcast_to(null_key, head), keys], axis=2)
+        values = mx.concatenate([mx.broadcast_to(null_value, head), values], axis=2)
         return keys, values
 
     def __call__(
@@ -123,11 +166,11 @@ class GatedCrossAttention(nn.Module):
         x: mx.array,
         vision: VisionKV,
         offset: int | mx.array = 0,
-        request: MapRequest | None = None,
+        request: MapRequest | Recorder | None = None,
     ) -> mx.array:
         """x [B*R T D] at text positions ``offset ..`` -> the same shape.
 
-        With a `request` the attention of the asked rows is appended to ``request.maps``.
+        With a `request` the attention of the asked rows is put into it.
         """
         rows, T, _ = x.shape
         B, R = rows // vision.texts, vision.texts
@@ -143,12 +186,29 @@ class GatedCrossAttention(nn.Module):
                 raise ValueError("images that start later need one text row each (texts=1)")
             # A position that sees no image adds nothing below; slot 0 keeps its softmax finite.
             mask = seen | (mx.arange(seen.shape[-1]) == 0)
-            mask = mask[:, None]
-        if request is not None:
-            request.maps.append(self.attention_map(q, vision, mask, T, request))
-        out = mx.fast.scaled_dot_product_attention(
-            q, vision.keys, vision.values, scale=self.scale, mask=mask
-        )
+            mask = mx.broadcast_to(mask, (B, T, mask.shape[-1]))
+        if isinstance(request, Recorder) and T == R == 1 and request.columns(offset, 1):
+            out, attn_map = decode_attention(
+                q[:, :, 0],
+                vision.keys,
+                vision.values,
+                self.scale,
+                None if mask is None else mask[:, 0],
+            )
+            request.add(int(offset), attn_map[:, vision.null :])
+            out = out[:, :, None]
+        else:
+            if isinstance(request, Recorder):
+                self._record(q, vision, mask, offset, request)
+            elif request is not None:
+                request.maps.append(self._maps(q, vision, mask, T, request))
+            out = mx.fast.scaled_dot_product_attention(
+                q,
+                vision.keys,
+                vision.values,
+                scale=self.scale,
+                mask=None if mask is None else mask[:, None],
+            )
         out = self.o_proj(out.swapaxes(1, 2).reshape(rows, T, -1)) * mx.tanh(self.gate)
         if "mlp_gate" in self:
             hidden = nn.relu2(self.up_proj(self.mlp_norm(x + out)))
@@ -158,7 +218,7 @@ class GatedCrossAttention(nn.Module):
             out = mx.where(looks, out, 0)
         return x + out
 
-    def attention_map(
+    def _maps(
         self,
         q: mx.array,
         vision: VisionKV,
@@ -166,22 +226,33 @@ class GatedCrossAttention(nn.Module):
         T: int,
         request: MapRequest,
     ) -> mx.array:
-        """fp32 softmax rows [P heads S] of queries [B N R*T H]; the null slot is left out.
-
-        Scores are computed for the wanted heads and gathered before the softmax: a gather of
-        keys would be cheaper in arithmetic but its gradient is a slow scatter.
-        """
-        heads = request.heads or self.n_heads
-        keys = vision.keys.astype(mx.float32)
-        group = self.n_heads // self.n_kv_heads
-        if group > 1:
-            keys = mx.repeat(keys, group, axis=1)
-        q = q[:, :heads].astype(mx.float32) * self.scale
-        scores = q @ keys[:, :heads].swapaxes(-1, -2)  # B heads R*T S
+        """fp32 [P heads S] of queries [B N R*T H]; the null slot is left out."""
         image = request.rows // vision.texts
         column = (request.rows % vision.texts) * T + request.cols
-        scores = scores.swapaxes(1, 2)[image, column]  # P heads S
-        if mask is not None:
-            allowed = mx.broadcast_to(mask, (*mask.shape[:2], T, mask.shape[-1]))
-            scores = mx.where(allowed[image, 0, column][:, None], scores, -mx.inf)
-        return mx.softmax(scores, axis=-1)[..., vision.null :]
+        allowed = None if mask is None else mask[image, column]
+        heads = request.heads or self.n_heads
+        maps = guided_attention(q, vision.keys, image, column, heads, self.scale, allowed)
+        return maps[..., vision.null :]
+
+    def _record(
+        self,
+        q: mx.array,
+        vision: VisionKV,
+        mask: mx.array | None,
+        offset: int | mx.array,
+        recorder: Recorder,
+    ) -> None:
+        """Maps of the newest columns of a call with several."""
+        columns = recorder.columns(offset, q.shape[2])
+        if not columns:
+            return
+        B = q.shape[0]
+        image = mx.repeat(mx.arange(B), len(columns))
+        column = mx.tile(mx.array(list(columns)), B)
+        allowed = None if mask is None else mask[image, column]
+        maps = guided_attention(
+            q, vision.keys, image, column, self.n_heads, self.scale, allowed
+        ).mean(1)
+        maps = maps.reshape(B, len(columns), -1)[..., vision.null :]
+        for n, c in enumerate(columns):
+            recorder.add(int(offset) + c, maps[:, n])

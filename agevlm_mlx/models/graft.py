@@ -20,7 +20,7 @@ from mlx_lm.utils import MODEL_REMAPPING
 from ..config import FusionConfig, check_depth
 from ..errors import UserError, one_line
 from .cache import VisionCache
-from .cross_attention import GatedCrossAttention, MapRequest
+from .cross_attention import GatedCrossAttention, MapRequest, Recorder
 
 
 def build_language_model(text_config: Mapping[str, Any]) -> Any:
@@ -178,11 +178,32 @@ def _tap_self_attention(module_name: str) -> None:
         if request is not None:
             mask = kw.get("mask", args[1] if len(args) > 1 else None)
             scale = kw.get("scale", args[0] if args else None)
-            request.maps.append(_prefix_map(queries, keys, scale, mask, cache.prefix, request))
+            if isinstance(keys, tuple):  # a quantised KV cache
+                keys_now = mx.dequantize(*keys, group_size=cache.group_size, bits=cache.bits)
+            else:
+                keys_now = keys
+            _report(queries, keys_now, scale, mask, cache, request)
         return fused(queries, keys, values, cache, *args, **kw)
 
     attend.reports_rows = True  # pyright: ignore[reportFunctionMemberAccess]
     module.scaled_dot_product_attention = attend  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _report(
+    q: mx.array, keys: mx.array, scale: Any, mask: Any, cache: VisionCache, request: Any
+) -> None:
+    if isinstance(request, MapRequest):
+        request.maps.append(_prefix_map(q, keys, scale, mask, cache.prefix, request))
+        return
+    assert isinstance(request, Recorder)
+    before = cache.offset - q.shape[2]  # the cache already holds this call's tokens
+    columns = request.columns(before, q.shape[2])
+    if columns:
+        wanted = mx.array(list(columns))
+        asked = MapRequest(mx.zeros_like(wanted), wanted, None, [])
+        maps = _prefix_map(q, keys, scale, mask, cache.prefix, asked).mean(1)
+        for n, column in enumerate(columns):
+            request.add(before + column, maps[n : n + 1])
 
 
 def _prefix_map(

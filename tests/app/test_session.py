@@ -106,7 +106,7 @@ def test_a_failing_model_is_a_sentence_and_the_next_question_works(
     shared, image, monkeypatch, capsys
 ):
     with monkeypatch.context() as patch:
-        patch.setattr(session_module, "word_maps", lambda *a: 1 / 0)
+        patch.setattr(session_module.Conversation, "word_maps", lambda *a: 1 / 0)
         with pytest.raises(RuntimeError, match=r"the model failed \(ZeroDivisionError\)"):
             list(shared.ask(image, "Is there a dog?", max_tokens=2))
     assert "ZeroDivisionError" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from PIL import Image
 from agevlm_mlx import weights
 from agevlm_mlx.config import read_json
 from agevlm_mlx.data import chat
-from agevlm_mlx.generate import generate
+from agevlm_mlx.generation import generate
 from agevlm_mlx.models.graft import build_language_model
 from agevlm_mlx.models.vision import build_encoder
 from convert import __main__ as cli

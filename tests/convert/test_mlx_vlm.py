@@ -16,7 +16,7 @@ from PIL import Image
 from agevlm_mlx.config import from_dict, to_dict
 from agevlm_mlx.data.chat import prompt_ids
 from agevlm_mlx.data.records import Turn
-from agevlm_mlx.generate import stream_generate
+from agevlm_mlx.generation import stream_generate
 from agevlm_mlx.models.agevlm import AgeVLM
 from agevlm_mlx.scenes import main as scenes
 from agevlm_mlx.weights import Loaded, load, save_model, shipped

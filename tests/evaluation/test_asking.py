@@ -15,7 +15,7 @@ from agevlm_mlx.data.image import Preprocessor
 from agevlm_mlx.data.records import Turn
 from agevlm_mlx.errors import UserError
 from agevlm_mlx.evaluation.asking import Asker
-from agevlm_mlx.generate import generate
+from agevlm_mlx.generation import generate
 from agevlm_mlx.models.agevlm import AgeVLM
 from agevlm_mlx.weights import Loaded
 

@@ -1,0 +1,58 @@
+"""Attention as data: where a token looked, and how definite that look was."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class TokenAttention:
+    """Where the model looked when it chose a token; the mean over the heads.
+
+    values: f32 [L S'], one row a looking layer, S' = S image tokens of each image in order.
+    grid: Gh, Gw of an image's tokens. has_null: whether what is missing from a row's sum went to
+    a null slot (else, with fusion "concat", to the text).
+    """
+
+    values: np.ndarray
+    grid: tuple[int, int]
+    has_null: bool
+
+    @property
+    def maps(self) -> np.ndarray:
+        """f32 [L M Gh Gw] for M images."""
+        return self.values.reshape(len(self.values), -1, *self.grid)
+
+    @property
+    def mean(self) -> np.ndarray:
+        """f32 [M Gh Gw]: the mean over the layers."""
+        return self.maps.mean(0)
+
+    @property
+    def on_image(self) -> float:
+        """The share of the attention that went to the images, 0..1."""
+        return float(self.values.sum(-1).mean())
+
+    @property
+    def null(self) -> float | None:
+        """The share that went to the null slot; None for a model without one."""
+        return 1 - self.on_image if self.has_null else None
+
+    @property
+    def grounding(self) -> float:
+        """0..1: how much of the attention is on the images, and how concentrated it is there."""
+        return grounding_score(self.values.mean(0))
+
+
+def grounding_score(attn_map: np.ndarray) -> float:
+    """The share of attention on the images times one minus its normalised entropy there.
+
+    attn_map: f32 [S'], what each image token got. 0: all of it on nothing, or spread evenly; 1: all
+    of it on one token. It says how definite the look was, not that the answer is right.
+    """
+    values = np.asarray(attn_map, np.float64).ravel()
+    share = float(values.sum())
+    if share <= 0 or values.size < 2:
+        return max(share, 0.0)
+    p = values[values > 0] / share
+    return float(share * (1 + (p * np.log(p)).sum() / np.log(values.size)))
