@@ -95,7 +95,8 @@ class Conversation:
         **options: Any,
     ) -> None:
         self.loaded = loaded
-        self.store = store or ImageStore(loaded.model, loaded.preprocessor)
+        own = ImageStore(loaded.model, loaded.preprocessor)
+        self.store = own if store is None else store
         self._system = (Turn("system", system),) if system else ()
         self._options = options | ({"draft_model": draft_model} if draft_model is not None else {})
         check_options(loaded.model, self._options | {"max_kv_size": max_kv_size})
@@ -212,7 +213,7 @@ class Conversation:
         """Where the words of the last exchange looked (only the given `words`, in any case).
 
         With ``fusion = "concat"`` only of images that came first. ``UserError`` before the first
-        answer and without an image.
+        answer, without an image, and for concat when the conversation comes from a file.
         """
         if not self.turns or self.turns[-1].role != "assistant":
             raise UserError("words: expected an answer to look at; ask something first")
@@ -220,6 +221,8 @@ class Conversation:
             raise UserError("words: expected an image that they can look at; show one first")
         model, tokenizer = self.loaded.model, self.loaded.tokenizer
         prompt = read(tokenizer, self.turns[:-1], self.store)
+        if not all(sight.seen.layers for sight in prompt.sights):
+            raise UserError("words: a saved cache of a concat model keeps no tokens of the image")
         cache, rest = begin(model, prompt)
         found = word_maps(model, tokenizer, cache, self.turns, len(prompt.ids) - len(rest))
         wanted = None if words is None else {word.lower() for word in words}

@@ -7,11 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from . import conversation, errors, prompt_cache, sampling, weights
 from .conversation import Conversation
-from .data.image import Geometry
 from .errors import UserError
 from .evaluation import files, overlay
 from .generation import Response
@@ -52,7 +49,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.save_prompt_cache:
         prompt_cache.save(args.save_prompt_cache, chat)
         _tell(args, f"prompt cache: {args.save_prompt_cache}")
-    words = chat.word_maps() if chat.image_sources and (args.attention or args.json) else []
+    # A cache file of a concat model has the image's place in the text, not its tokens.
+    asked = args.attention or (
+        args.json and (not args.prompt_cache_file or loaded.model.fusion == "cross")
+    )
+    words = chat.word_maps() if chat.image_sources and asked else []
     if args.attention:
         sheet = overlay.word_sheet(
             chat.pictures(), words, question=args.prompt, answer=chat.turns[-1].text
@@ -116,32 +117,18 @@ def _describe(
         "image_bytes": chat.loaded.model.image_bytes(chat.cache),
         "attention": args.attention,
         "words": [
-            {"word": w.word, "role": w.role, **_describe_maps(w.maps, geometries)} for w in words
+            {"word": word.word, "role": word.role, **word.describe(geometries)} for word in words
         ],
         "tokens": [
             {
                 "token": piece.token,
                 "text": piece.text,
-                **_describe_maps(piece.attention.mean, geometries),
+                **overlay.WordMap(piece.text, tuple(piece.attention.mean)).describe(geometries),
                 "null": piece.attention.null,
             }
             for piece in pieces
             if piece.attention is not None
         ],
-    }
-
-
-def _describe_maps(
-    maps: Sequence[np.ndarray] | np.ndarray, geometries: Sequence[Geometry]
-) -> dict[str, Any]:
-    """Numbers of the maps [Gh Gw] of several images: the one looked at most, and where."""
-    shown = overlay.WordMap("", tuple(maps))
-    strongest = int(np.argmax([m.max() for m in maps]))
-    return {
-        "image": strongest,
-        "peak": overlay.peak_point(maps[strongest], geometries[strongest]),
-        "on_image": [float(m.sum()) for m in maps],
-        "grounding": shown.grounding,
     }
 
 

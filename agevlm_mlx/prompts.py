@@ -5,13 +5,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import QuantizedKVCache, make_prompt_cache
 
 from .data import chat
 from .data.records import Turn
 from .errors import UserError
 from .image_store import ImageStore, Sight
 from .models.agevlm import AgeVLM, SeenImage
+from .models.cache import VisionCache
 
 #: Tokens that go through the model at once (mlx-lm's own default).
 PREFILL_STEP_SIZE = 2048
@@ -72,6 +73,10 @@ def read(tokenizer: Any, turns: Sequence[Turn], store: ImageStore) -> Prompt:
         raise UserError('prompt: expected a question, got nothing; try "Describe the image."')
     ids = tuple(chat.prompt_ids(tokenizer, turns))
     places = chat.turn_starts(tokenizer, turns) if any(turn.images for turn in turns) else []
+    # What is shown with the first question is seen by everything, a system message included, as
+    # in training.
+    first = next(k for k, turn in enumerate(turns) if turn.role == "user")
+    places = [0 if k <= first else place for k, place in enumerate(places)]
     pairs = [
         (source, at) for turn, at in zip(turns, places, strict=False) for source in turn.images
     ]
@@ -140,7 +145,7 @@ class Reader:
 
     def describe(self) -> dict[str, Any]:
         """What `restore` needs beside the cache; JSON values."""
-        return {"track": self._track, "seen": self._seen}
+        return {"track": self._track, "seen": self._seen, "max_kv_size": self.max_kv_size}
 
     def restore(self, cache: list[Any], about: Mapping[str, Any]) -> list[SeenImage]:
         """Go on from a cache and its description, both from a file; the images in it.
@@ -149,8 +154,9 @@ class Reader:
         """
         track = [tuple(entry) if isinstance(entry, list) else entry for entry in about["track"]]
         seen = tuple((int(start), str(key)) for start, key in about["seen"])
-        S, fresh = self.model.num_image_tokens, self.model.make_cache()
-        if [type(entry) for entry in cache] != [type(entry) for entry in fresh]:
+        S, limit = self.model.num_image_tokens, about["max_kv_size"]
+        fresh = self.model.make_cache(None if limit is None else int(limit))
+        if len(cache) != len(fresh) or not all(map(_alike, cache, fresh)):
             raise ValueError("its layers are not those of the model")
         if any(entry.offset != len(track) for entry in cache):
             raise ValueError(f"expected a cache of {len(track)} tokens in every layer")
@@ -170,7 +176,7 @@ class Reader:
                 part, vision = slice(null + n * S, null + (n + 1) * S), cache[i].vision
                 parts.append((vision.keys[:, :, part], vision.values[:, :, part]))
             images.append(SeenImage(tuple(parts)))
-        self.cache, self._track, self._seen = cache, track, seen
+        self.cache, self._track, self._seen, self.max_kv_size = cache, track, seen, limit
         return images
 
     def _offset(self) -> int:
@@ -264,6 +270,13 @@ class Reader:
         for entry in cache:
             entry.prefix = prefix
         return at
+
+
+def _alike(entry: Any, fresh: Any) -> bool:
+    """Whether a layer's cache can stand for a fresh one: the same kind, or its quantised form."""
+    if isinstance(fresh, VisionCache):
+        return isinstance(entry, VisionCache) and _alike(entry.text, fresh.text)
+    return type(entry) in (type(fresh), QuantizedKVCache)
 
 
 def begin(

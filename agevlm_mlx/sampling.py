@@ -8,13 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import TextStateMachine
-from mlx_lm.sample_utils import (
-    apply_min_p,
-    apply_top_k,
-    apply_top_p,
-    greedy_sampler,
-    make_logits_processors,
-)
+from mlx_lm.sample_utils import greedy_sampler, make_logits_processors
 
 from .errors import UserError
 
@@ -91,17 +85,34 @@ class _Sampler:
         self._key = None if options.seed is None else mx.random.key(options.seed)
 
     def __call__(self, logprobs: mx.array) -> mx.array:
-        chosen = self._options
-        if chosen.top_p < 1:
-            logprobs = apply_top_p(logprobs, chosen.top_p)
-        if chosen.min_p:
-            logprobs = apply_min_p(logprobs, chosen.min_p)
-        if 0 < chosen.top_k < logprobs.shape[-1]:
-            logprobs = apply_top_k(logprobs, chosen.top_k)
-        key = None
+        chosen, key = self._options, None
+        logprobs = keep_likely(logprobs, chosen.top_p, chosen.min_p, chosen.top_k)
         if self._key is not None:
             self._key, key = mx.random.split(self._key)
         return mx.random.categorical(logprobs * (1 / chosen.temp), key=key)
+
+
+def keep_likely(logprobs: mx.array, top_p: float, min_p: float, top_k: int) -> mx.array:
+    """Log-probabilities [B V] in which unlikely tokens are -inf: mlx-lm's top-p, min-p and top-k,
+    in its order.
+
+    mlx-lm's own are compiled anew for every value of their parameters and never forgotten, which
+    takes seconds on a CPU and lets a server grow.
+    """
+    if 0 < top_p < 1:
+        likely = -mx.sort(-logprobs, axis=-1)
+        probs = mx.exp(likely)
+        above = mx.cumsum(probs, axis=-1, inclusive=False)
+        kept = above < top_p * probs.sum(axis=-1, keepdims=True)
+        lowest = mx.where(kept, likely, mx.inf).min(axis=-1, keepdims=True)
+        logprobs = mx.where(logprobs < lowest, -mx.inf, logprobs)
+    if min_p:
+        lowest = logprobs.max(axis=-1, keepdims=True) + math.log(min_p)
+        logprobs = mx.where(logprobs < lowest, -mx.inf, logprobs)
+    if 0 < top_k < logprobs.shape[-1]:
+        lowest = mx.topk(logprobs, top_k, axis=-1).min(axis=-1, keepdims=True)
+        logprobs = mx.where(logprobs < lowest, -mx.inf, logprobs)
+    return logprobs
 
 
 class StopWords:

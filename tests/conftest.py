@@ -90,3 +90,61 @@ def tiny_checkpoint(
     folder = tmp_path_factory.mktemp("tiny") / "checkpoint"
     save_model(folder, model, tokenizer, Preprocessor(image_size=16), "# A tiny model\n")
     return folder
+
+
+@pytest.fixture(scope="session", params=["cross", "concat"])
+def talker(request: pytest.FixtureRequest, tiny_talker: Callable[[str], Any]) -> Any:
+    """`tiny_talker` of either fusion."""
+    return tiny_talker(request.param)
+
+
+@pytest.fixture(scope="session")
+def tiny_talker(
+    tiny_model_config: Callable[..., ModelConfig], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Any]:
+    """``tiny_talker(fusion)``: a loaded checkpoint whose greedy answers change with the image,
+    the question and each other; 512 tokens of context."""
+    from dataclasses import replace
+
+    from agevlm_mlx.data.chat import build_tokenizer
+    from agevlm_mlx.data.image import Preprocessor
+    from agevlm_mlx.models.agevlm import AgeVLM
+    from agevlm_mlx.weights import Loaded, load, save_model
+
+    made: dict[str, Loaded] = {}
+    texts = ["Is there a dog? Yes No", "Describe the image.", "Where is the car? Top left"]
+
+    def build(fusion: str) -> Loaded:
+        if fusion not in made:
+            mx.random.seed(8)
+            tokenizer = build_tokenizer(texts, vocab_size=320)
+            layers = {"layers": (1, 2)} if fusion == "cross" else {"layers": None}
+            config = tiny_model_config(len(tokenizer), fusion=fusion, **layers)
+            context = {"max_position_embeddings": 512, "tie_word_embeddings": False}
+            model = AgeVLM(replace(config, text_config={**config.text_config, **context}))
+            # At the usual initial scale every greedy answer repeats one token.
+            for layer in model.layers:
+                layer.mlp.down_proj.weight = 16 * layer.mlp.down_proj.weight
+                layer.self_attn.o_proj.weight = 16 * layer.self_attn.o_proj.weight
+                layer.self_attn.q_proj.weight = 10 * layer.self_attn.q_proj.weight
+                if "cross_attn" in layer:
+                    layer.cross_attn.o_proj.weight = 16 * layer.cross_attn.o_proj.weight
+                    layer.cross_attn.q_norm.weight = 10 * layer.cross_attn.q_norm.weight
+            folder = tmp_path_factory.mktemp(f"talker-{fusion}") / "checkpoint"
+            save_model(folder, model, tokenizer, Preprocessor(image_size=16), "# Talker\n")
+            made[fusion] = load(folder)
+        return made[fusion]
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def noise() -> Callable[[int], Any]:
+    """``noise(n)``: the n-th of any number of pictures that have nothing in common."""
+    from PIL import Image
+
+    def draw(n: int) -> Image.Image:
+        pixels = np.random.default_rng(n).integers(0, 255, (20, 30, 3), np.uint8)
+        return Image.fromarray(pixels)
+
+    return draw

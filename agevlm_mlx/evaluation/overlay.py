@@ -7,6 +7,7 @@ A map lives on the token grid of what the model was given; the picture is the us
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -164,6 +165,17 @@ class WordMap:
     def grounding(self) -> float:
         """How definite the look was, 0..1; see `grounding_score`."""
         return grounding_score(np.concatenate([m.ravel() for m in self.maps]))
+
+    def describe(self, geometries: Sequence[Geometry]) -> dict[str, Any]:
+        """JSON values: the picture looked at most, where in it (its pixels), the share of
+        attention that each picture got, and the grounding."""
+        strongest = int(np.argmax([m.max() for m in self.maps]))
+        return {
+            "image": strongest,
+            "peak": list(peak_point(self.maps[strongest], geometries[strongest])),
+            "on_image": [float(m.sum()) for m in self.maps],
+            "grounding": self.grounding,
+        }
 
 
 def word_sheet(

@@ -89,9 +89,16 @@ class AgeVLM(nn.Module):
     def make_cache(self, max_kv_size: int | None = None) -> list[Any]:
         """An empty prompt cache for text alone; images can be added to it.
 
-        max_kv_size: keep only that many text tokens (and the first four); images all stay.
+        max_kv_size: keep only that many text tokens, the first four among them; images all stay.
         """
-        return self._wrap(make_prompt_cache(self.language_model, max_kv_size))
+        cache = make_prompt_cache(self.language_model)
+        if max_kv_size is not None:
+            # mlx-lm ignores it for architectures that make their own caches.
+            cache = [
+                RotatingKVCache(max_kv_size, keep=4) if type(entry) is KVCache else entry
+                for entry in cache
+            ]
+        return self._wrap(cache)
 
     def _wrap(self, cache: list[Any]) -> list[Any]:
         return [VisionCache(c) if i in self._looking else c for i, c in enumerate(cache)]
