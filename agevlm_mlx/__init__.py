@@ -1,6 +1,8 @@
 """Small vision-language models that look where they should, and show it (MLX)."""
 
+import sys
 from importlib import import_module, metadata
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from .openblas import preload
@@ -41,18 +43,25 @@ _HOME = {
     "Sampling": ".sampling",
     "Turn": ".data.records",
     "batch_generate": ".generation",
+    "generate": ".generation",
     "load": ".weights",
     "stream_generate": ".generation",
 }
 
 
+class _Package(ModuleType):
+    """The package's names stay functions: importing the module of the command ``generate`` would
+    put that module in the place of the function `generate`."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
 def __getattr__(name: str) -> Any:
-    if name == "generate":
-        # Also the name of a command's module, which Python would put here when it is imported:
-        # once both are, the function wins.
-        import_module(".generate", __name__)
-        globals()[name] = import_module(".generation", __name__).generate
-        return globals()[name]
     if name in _HOME:
         return getattr(import_module(_HOME[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,7 +12,7 @@ COMMANDS = {
     "generate": ("generate", "ask a question about an image and see where the answer looked"),
     "chat": ("chat", "talk about images in the terminal, and draw where a word looked"),
     "serve": ("serve", "answer over HTTP, as OpenAI's chat completions do"),
-    "benchmark": ("benchmark", "measure speed and memory on this machine"),
+    "benchmark": ("benchmark", "measure speed and memory here, next to the language model alone"),
     "train": ("train", "train a model from a recipe (the embedded one by default)"),
     "evaluate": ("evaluate", "score a model on a benchmark"),
     "teach": ("teach", "run the SAM teacher over images and store its masks and features"),

@@ -19,7 +19,7 @@ examples:
   agevlm generate --image photo.jpg --prompt "Is there a dog?" --attention dog.png
   agevlm generate --model runs/demo/concat --image a.png --image b.png --json \\
       --prompt "Is there a cat?"
-  agevlm generate --image photo.jpg --prompt "Describe the image." --save-prompt-cache seen.safetensors
+  agevlm generate --image photo.jpg --prompt "Describe it." --save-prompt-cache seen.safetensors
   agevlm generate --prompt-cache-file seen.safetensors --prompt "Is there a dog?"
 """
 

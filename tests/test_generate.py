@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -116,6 +118,17 @@ def test_the_functions_are_the_packages_own():
     assert agevlm_mlx.generate is generation.generate
     assert agevlm_mlx.stream_generate is generation.stream_generate
     assert agevlm_mlx.batch_generate is generation.batch_generate
+
+
+def test_the_function_wins_over_the_module_in_any_order():
+    for first in ("import agevlm_mlx.generate", "from agevlm_mlx import generate"):
+        code = (
+            f"{first}; from agevlm_mlx.generate import main; import agevlm_mlx; "
+            "from agevlm_mlx import generate; assert generate is agevlm_mlx.generate; "
+            "assert generate.__module__ == 'agevlm_mlx.generation', generate"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
 
 
 # --- words and their maps ----------------------------------------------------------------------

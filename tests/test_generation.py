@@ -1,4 +1,4 @@
-"""Answers in Python: every way to get one gives the same words, and each token says where it looked."""
+"""Every way to get an answer gives the same words, and each token says where it looked."""
 
 import mlx.core as mx
 import numpy as np

@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "weights": {"errors", "hub", "config", "models", "data"},
     "training": {"errors", "atomic", "config", "models", "data", "sam", "weights"},
     "evaluation": {"errors", "atomic", "config", "models", "data", "sam", "weights"},
+    "benchmarking": {"errors", "config", "models", "evaluation", "generation", "openblas"},
     "sampling": {"errors"},
     "image_store": {"errors", "data", "models"},
     "prompts": {"errors", "data", "models", "image_store"},

@@ -79,7 +79,7 @@ def test_another_checkpoint_refuses_it(tiny_talker, noise, tmp_path, saved):
     shutil.copytree(chat.loaded.path, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config, indent=7))
-    with pytest.raises(UserError, match="made by another checkpoint: expected .*, got "):
+    with pytest.raises(UserError, match=r"made by another checkpoint: expected .*, got "):
         prompt_cache.load(path, load(folder))
 
 
@@ -118,7 +118,7 @@ def test_damaged_and_foreign_files_are_one_line(tiny_talker, tmp_path, noise):
     for name, content in cases.items():
         path = tmp_path / f"{name}.safetensors"
         path.write_bytes(content)
-        with pytest.raises(UserError, match="not a prompt cache that agevlm saved|damaged") as e:
+        with pytest.raises(UserError, match=r"not a prompt cache that agevlm saved|damaged") as e:
             prompt_cache.load(path, it)
         assert "\n" not in str(e.value), name
     save_prompt_cache(str(tmp_path / "theirs.safetensors"), it.model.make_cache()[:1])

@@ -81,11 +81,12 @@ def test_wrong_values_are_named(option, value):
 def test_flags_are_mlx_lms_and_errors_say_them():
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    args = parser.parse_args(
+    flags = (
         "--max-tokens 7 --temp 0.5 --top-p 0.9 --top-k 4 --min-p 0.1 --repetition-penalty 1.2 "
         "--repetition-context-size 9 --presence-penalty 0.3 --frequency-penalty 0.4 --seed 3 "
-        "--stop a --stop b".split()
+        "--stop a --stop b"
     )
+    args = parser.parse_args(flags.split())
     assert from_arguments(args) == Sampling(
         max_tokens=7, temp=0.5, top_p=0.9, top_k=4, min_p=0.1, repetition_penalty=1.2,
         repetition_context_size=9, presence_penalty=0.3, frequency_penalty=0.4, seed=3,
@@ -103,7 +104,7 @@ def test_penalties_change_the_logits():
         out = mx.array(logits)
         for processor in Sampling(**options).logits_processors():
             out = processor(tokens, out)
-        return out.tolist()[0]
+        return np.array(out)[0].tolist()
 
     assert after() == [1, 1, 1, 1]
     assert after(repetition_penalty=2.0) == [1, 0.5, 0.5, 1]

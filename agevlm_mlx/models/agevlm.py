@@ -257,13 +257,19 @@ class AgeVLM(nn.Module):
     def image_bytes(self, cache: list[Any]) -> int:
         """Bytes that the images take in `cache`, whatever the length of the text."""
         if self.fusion == "concat":
-            return sum(c.prefix * c.nbytes // max(c.offset, 1) for c in cache)
+            return sum(c.prefix * c.nbytes // _capacity(c.text) for c in cache if c.prefix)
         return sum(cache[i].vision.nbytes for i in self._looking if cache[i].vision)
 
     @property
     def num_image_tokens(self) -> int:
         """S, the tokens of one image."""
         return math.prod(self.grid)
+
+
+def _capacity(text: Any) -> int:
+    """Tokens that an mlx-lm cache has room for, plain or quantised."""
+    keys = text.keys[0] if isinstance(text.keys, tuple | list) else text.keys
+    return keys.shape[-2]
 
 
 def _serve(entry: Any, texts: int) -> Any:

@@ -19,6 +19,7 @@ from mlx_lm.utils import MODEL_REMAPPING
 
 from ..config import FusionConfig, check_depth
 from ..errors import UserError, one_line
+from ..kernels import guided_attention
 from .cache import VisionCache
 from .cross_attention import GatedCrossAttention, MapRequest, Recorder
 
@@ -210,15 +211,11 @@ def _prefix_map(
     q: mx.array, keys: mx.array, scale: Any, mask: Any, prefix: int, request: MapRequest
 ) -> mx.array:
     """fp32 [P heads prefix]: the share of self-attention that goes to the image tokens."""
-    heads = request.heads or q.shape[1]
-    group = q.shape[1] // keys.shape[1]
-    keys = mx.repeat(keys.astype(mx.float32), group, axis=1)[:, :heads]
     T, L = q.shape[2], keys.shape[2]
-    scores = (q[:, :heads].astype(mx.float32) * scale) @ keys.swapaxes(-1, -2)
-    scores = scores.swapaxes(1, 2)[request.rows, request.cols]  # P heads L
     if isinstance(mask, mx.array):
         allowed = mx.broadcast_to(mask, (q.shape[0], 1, T, L))[request.rows, 0, request.cols]
     else:
         allowed = mx.arange(L)[None] <= (L - T + request.cols)[:, None]
-    scores = mx.where(allowed[:, None], scores, -mx.inf)
-    return mx.softmax(scores, axis=-1)[..., :prefix]
+    heads = request.heads or q.shape[1]
+    maps = guided_attention(q, keys, request.rows, request.cols, heads, scale, allowed)
+    return maps[..., :prefix]
