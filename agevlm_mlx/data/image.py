@@ -28,9 +28,7 @@ ImageSource = str | Path | bytes | Image.Image
 MAX_PIXELS = 50_000_000
 
 
-def load_image(
-    source: ImageSource, *, max_pixels: int = MAX_PIXELS
-) -> Image.Image:
+def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode an image as upright RGB.
 
     Any mode becomes 8-bit RGB (transparency over white, 16-bit and float scaled), EXIF
