@@ -201,18 +201,16 @@ class Reader:
 
     def _agreement(self, track: list[Any], images: tuple[tuple[int, str], ...]) -> int:
         """How many positions of the cache say what the new prompt says."""
-        same = 0
-        # One position at least is left to be fed: its logits are the answer's first.
         if not self.cache:
             return 0
-        for old, new in zip(self._track[: self._offset()], track[:-1], strict=False):
+        same = 0
+        # One position at least is left to be fed: its logits are the answer's first.
+        for old, new in zip(self._track, track[:-1], strict=False):
             if old != new:
                 break
             same += 1
         if self.model.fusion == "concat":
-            while same and isinstance(track[same], tuple) and track[same][1]:
-                same -= 1  # images are read whole
-            return same
+            return same  # the track holds the images, too
         # Text that saw other images was read differently.
         agree = 0
         for old, new in zip(self._seen, images, strict=False):

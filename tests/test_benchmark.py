@@ -82,6 +82,17 @@ def test_the_bytes_of_a_token_are_those_counted_by_hand(tiny_model):
     }
 
 
+def test_an_image_that_grows_with_the_text_is_told(tiny_model, monkeypatch):
+    sizes = iter(range(100))
+    monkeypatch.setattr(AgeVLM, "image_bytes", lambda *_: next(sizes))
+    bench = measure.Bench(tiny_model, measure.Settings((16,), 4, 6, 2, 1), lambda _: None)
+    memory = bench.memory()
+    assert not memory["image_bytes_constant"]
+    moved = {name: told.describe() for name, told in bench.moved(memory).items()}
+    told = report.memory_lines({"memory": memory, "bytes_per_token": moved})
+    assert "GROWS WITH THE TEXT" in told
+
+
 @pytest.mark.parametrize("fusion", ["cross", "concat"])
 def test_a_token_of_text_takes_what_the_cache_grows_by(fusion, tiny_model_config):
     model = AgeVLM(tiny_model_config(fusion=fusion))

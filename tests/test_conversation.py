@@ -108,9 +108,14 @@ def test_a_draft_model_follows_the_conversation(tiny_talker, noise):
     it = tiny_talker("cross")
     chat = Conversation(it, draft_model=it.model.language_model, num_draft_tokens=3)
     plain = Conversation(it)
+    fed = []
     for question, images in [("Is there a dog?", noise(1)), ("Where?", ()), ("Yes?", noise(2))]:
-        assert ask(chat, question, images) == ask(plain, question, images)
+        pieces = list(chat.ask(question, images, SHORT))
+        fed.append(pieces[0].prompt_tokens)
+        assert "".join(p.text for p in pieces).strip() == ask(plain, question, images)
     assert len(chat.cache) == 6
+    whole = len(prompt_ids(it.tokenizer, chat.turns[:-1]))
+    assert fed[2] < whole - fed[0]  # the draft model reads nothing twice, either
 
 
 def test_a_bounded_text_keeps_its_images(tiny_talker, noise):

@@ -114,8 +114,9 @@ def test_a_stop_word_ends_the_answer_and_is_cut_off(talker, noise):
     cut = text[: text.index(stop)].strip()
     options = {"max_tokens": 20, "stop": [stop, "never said"]}
     assert generate(*parts(talker), "Describe the image.", noise(1), **options) == cut
-    (said,) = batch_generate(*parts(talker), ["Describe the image."], [noise(1)], **options)
-    assert said == cut
+    prompts = ["Describe the image.", "Where is the car?"]  # the second goes on alone
+    said = batch_generate(*parts(talker), prompts, [noise(1)] * 2, **options)
+    assert said == [cut, generate(*parts(talker), prompts[1], noise(1), **options)]
     *_, last = stream_generate(*parts(talker), "Describe the image.", noise(1), **options)
     assert last.finish_reason == "stop"
     whole = {"max_tokens": 20, "stop": "never said"}

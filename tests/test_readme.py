@@ -23,10 +23,11 @@ LONG = [
     r"(python3? -m )?pip install .+",
     r"(source|\.) \.venv/bin/activate",
     r"(sudo )?(apt-get|dnf|brew) install [\w -]+",
-    r"python scripts/\w+\.py.*",
+    r"python (scripts|benchmarks)/\w+\.py.*",
+    r"curl http://127\.0\.0\.1:8080/.*",
 ]
 FLAGS = [
-    r"agevlm (demo|train|evaluate|teach)( .*)?",
+    r"agevlm (demo|train|evaluate|teach|chat|serve|benchmark)( .*)?",
     r"agevlm-app( .*)?",
     r"agevlm-convert (assemble|sam|teacher-features|vision) .*",
     r"python -m agevlm_mlx\.\w+( .*)?",
@@ -35,6 +36,7 @@ FLAGS = [
 ]
 RUN = [
     r"agevlm (generate|scenes) .*",
+    r"printf '.*' \| agevlm chat .*",
     r"agevlm(-app|-convert)?( [\w-]+)? --(help|version)",
     r"(agevlm-convert|python -m convert) (quantize|dequantize|verify|export|upload) .*",
 ]
