@@ -195,7 +195,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt-tokens", type=int, default=32, help="of the question (32)")
     parser.add_argument("--generation-tokens", type=int, default=48, help="of the answer (48)")
     parser.add_argument("--batch-size", type=int, default=8, help="images at once (8)")
-    parser.add_argument("--trials", type=int, default=5, help="of every measurement (5)")
+    parser.add_argument(
+        "--trials",
+        type=int,
+        default=5,
+        help="of every measurement (5), three times as many of the first token",
+    )
     parser.add_argument(
         "--dtype",
         choices=tuple(shapes.DTYPES),

@@ -1,6 +1,7 @@
 """One chat: its turns, the images that belong to them, and the cache that has read them."""
 
 import argparse
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -60,7 +61,7 @@ def options(args: argparse.Namespace, loaded: Loaded) -> dict[str, Any]:
 
 def _load_draft(source: str, loaded: Loaded) -> Any:
     """An mlx-lm model whose tokens are those of `loaded`."""
-    folder = Path(source).expanduser()
+    folder = Path(os.path.expanduser(source))  # a ~user unknown here stays as it is
     if not folder.is_dir():
         folder = download(source, ["*.json", "model*.safetensors", "*.jinja", "tokenizer.model"])
     try:

@@ -195,17 +195,14 @@ def stream(
 
 
 class ReadOnce(nn.Module):
-    """The model as mlx-lm's ``generate_step`` should call it: a short prompt in one pass.
+    """The model as mlx-lm's ``generate_step`` should call it: without a reading too many.
 
     ``generate_step`` reads a prompt in two calls, all but its last token and then that token, so
-    that every weight is read twice before the first word. Here the first call takes the last token
-    along, and the second is answered with the logits that are known by then.
+    that every weight is read once more before the first word. Here the call before takes the last
+    token along, and the call for it is answered with the logits that are known by then.
     """
 
-    #: Beyond this the logits of all the rows would cost more than a second reading of the weights.
-    LONGEST = 128
-
-    def __init__(self, model: Any, ids: Sequence[int]) -> None:
+    def __init__(self, model: "AgeVLM", ids: Sequence[int]) -> None:
         super().__init__()
         self.model = model
         self._unread = list(ids)
@@ -216,17 +213,16 @@ class ReadOnce(nn.Module):
         return self.model.layers
 
     def __call__(self, inputs: mx.array, cache: Any = None) -> mx.array:
-        T = inputs.shape[1]
         if self._last is not None:
             last, self._last = self._last, None
             return last
-        if len(self._unread) == T + 1 <= self.LONGEST:
-            whole = mx.array([self._unread], inputs.dtype)
+        read, self._unread = inputs.shape[1], self._unread[inputs.shape[1] :]
+        if read and len(self._unread) == 1:
+            end = mx.array([self._unread], inputs.dtype)
             self._unread = []
-            last = self.model(whole, cache=cache)[:, -1:]
+            last = self.model.last_logits(mx.concatenate([inputs, end], axis=1), cache)
             self._last = last
             return last
-        self._unread = self._unread[T:]
         return self.model(inputs, cache=cache)
 
 

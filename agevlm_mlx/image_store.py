@@ -93,13 +93,13 @@ def _key(source: ImageSource) -> str | None:
     if isinstance(source, bytes):
         size, data = len(source), source
     else:
-        path = Path(source).expanduser()
         try:
+            path = Path(source).expanduser()
             if not path.is_file():
                 return None
             size = path.stat().st_size
             data = path.read_bytes() if size <= MAX_BYTES else b""
-        except (OSError, ValueError):  # ValueError: a NUL in the name
+        except (OSError, ValueError, RuntimeError):  # a NUL in the name, a ~user unknown here
             return None
     if size > MAX_BYTES:
         name = "image" if isinstance(source, bytes) else str(source)

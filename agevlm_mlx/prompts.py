@@ -71,6 +71,9 @@ def read(tokenizer: Any, turns: Sequence[Turn], store: ImageStore) -> Prompt:
         raise UserError(f"prompt: expected a message of the user at the end, got {last}")
     if not turns[-1].text.strip():
         raise UserError('prompt: expected a question, got nothing; try "Describe the image."')
+    for turn in turns:
+        if any("\ud800" <= letter <= "\udfff" for letter in turn.text):
+            raise UserError("prompt: expected text, got bytes that are not UTF-8")
     ids = tuple(chat.prompt_ids(tokenizer, turns))
     places = chat.turn_starts(tokenizer, turns) if any(turn.images for turn in turns) else []
     # What is shown with the first question is seen by everything, a system message included, as

@@ -51,7 +51,7 @@ def resolve(source: str | Path | None) -> Path:
     """The checkpoint folder of a path, a Hugging Face id, or the default (None)."""
     if source is None:
         return DEMO_MODEL if (DEMO_MODEL / "config.json").is_file() else shipped("model")
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))  # a ~user unknown here stays as it is
     if path.is_dir():
         return path
     if path.exists():

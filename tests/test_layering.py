@@ -84,6 +84,8 @@ ONLY_IN = {
     "torchvision": {"agevlm_mlx/sam/teacher.py", "agevlm_mlx/sam/torchvision_ops.py"},
     "segment_anything": {"agevlm_mlx/sam/teacher.py", "agevlm_mlx/sam/torchvision_ops.py"},
     "gradio": {"app/ui.py"},
+    "starlette": {"agevlm_mlx/serving/app.py"},
+    "uvicorn": {"agevlm_mlx/serve.py"},
 }
 
 

@@ -76,7 +76,7 @@ class Bench:
         cases = (text_only, no_image, first_question, second_question)
         taken = timing.interleaved(
             {case.__name__: lambda case=case: timing.seconds(case) for case in cases},
-            self.settings.trials,
+            3 * self.settings.trials,  # short ones
             self._progress_of(f"first token, {image_tokens} image tokens"),
         )
         return {

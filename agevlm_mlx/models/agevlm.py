@@ -212,6 +212,18 @@ class AgeVLM(nn.Module):
             return self.language_model(inputs, cache=cache, input_embeddings=input_embeddings)
         return self.language_model(inputs, cache=cache)
 
+    def last_logits(self, inputs: mx.array, cache: list[Any]) -> mx.array:
+        """ids int32 [B T] -> logits [B 1 V] of the last position.
+
+        The output layer, often the largest of a small model, is computed for that position only.
+        """
+        trunk = self.language_model.model
+        trunk.last_only = True
+        try:
+            return self(inputs, cache)[:, -1:]
+        finally:
+            trunk.last_only = False
+
     def attend(
         self,
         inputs: mx.array,

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..kernels import decode_attention, guided_attention
+from ..kernels.decode_attention import decode_attention
+from ..kernels.guided_attention import guided_attention
 
 #: A token position that no text ever reaches: image slots that start here are hidden.
 NEVER = 2**30

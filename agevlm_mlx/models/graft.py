@@ -5,6 +5,7 @@ parameter of the language model keeps its name, so that mlx-lm's checkpoints, Lo
 quantiser see the model they know.
 """
 
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -19,7 +20,7 @@ from mlx_lm.utils import MODEL_REMAPPING
 
 from ..config import FusionConfig, check_depth
 from ..errors import UserError, one_line
-from ..kernels import guided_attention
+from ..kernels.guided_attention import guided_attention
 from .cache import VisionCache
 from .cross_attention import GatedCrossAttention, MapRequest, Recorder
 
@@ -107,6 +108,7 @@ def graft(lm: Any, config: FusionConfig) -> tuple[int, ...]:
     if reason:
         raise UserError(f"text_config.model_type: {kind} cannot be grafted: {reason}")
     assert layers is not None
+    lm.model.__class__ = _trunk(type(lm.model))
     if config.fusion == "concat":
         if "input_embeddings" not in inspect.signature(type(lm.model).__call__).parameters:
             raise UserError(
@@ -144,7 +146,23 @@ def graft(lm: Any, config: FusionConfig) -> tuple[int, ...]:
     return chosen
 
 
+_trunk_classes: dict[type, type] = {}
 _grounded_classes: dict[type, type] = {}
+
+
+def _trunk(trunk_class: type) -> type:
+    """`trunk_class`, everything of a language model before its output layer, with a call that
+    hands on the last position alone when it is told so (``AgeVLM.last_logits``)."""
+    if trunk_class not in _trunk_classes:
+
+        @functools.wraps(trunk_class.__call__)
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            out = trunk_class.__call__(self, *args, **kwargs)
+            return out[:, -1:] if self.last_only and isinstance(out, mx.array) else out
+
+        members = {"__call__": call, "last_only": False}
+        _trunk_classes[trunk_class] = type(trunk_class.__name__, (trunk_class,), members)
+    return _trunk_classes[trunk_class]
 
 
 def _grounded(layer_class: type) -> type:
