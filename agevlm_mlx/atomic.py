@@ -1,7 +1,8 @@
 """Files written whole or not at all, so that a crash or a full disk never leaves half of one."""
 
 import os
-import tempfile
+import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 #: How the name of a file that is still being written begins.
@@ -10,16 +11,23 @@ TEMPORARY = ".tmp-"
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write `data` so that `path` holds either its old content or all of the new."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=TEMPORARY)
+
+    def write(name: Path) -> None:
+        name.write_bytes(data)
+
+    write_file(path, write)
+
+
+def write_file(path: Path, write: Callable[[Path], None]) -> None:
+    """The same for a function that writes a file itself, under the name that it is given."""
+    name = path.parent / f"{TEMPORARY}{uuid.uuid4().hex}{path.suffix}"
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
+        write(name)
+        with open(name, "rb") as file:
             os.fsync(file.fileno())
-        os.chmod(name, 0o644)
         os.replace(name, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        name.unlink(missing_ok=True)
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:

@@ -26,6 +26,9 @@ from .models.agevlm import AgeVLM
 #: One picture, nine and seventeen of them (or tiles of one), as SmolVLM cuts them.
 SHAPE_IMAGE_TOKENS = (64, 576, 1088)
 
+#: More of anything than a machine can hold.
+MOST = 1_000_000
+
 EXAMPLES = """
 examples:
   agevlm benchmark                                       the demo's model or the shipped one
@@ -112,9 +115,14 @@ def _check(args: argparse.Namespace) -> None:
         ("trials", 1),
     ):
         value = getattr(args, name)
-        if value < least:
+        if not least <= value <= MOST:
             flag = name.replace("_", "-")
-            raise UserError(f"--{flag}: expected at least {least}, got {value}")
+            raise UserError(f"--{flag}: expected from {least} to {MOST}, got {value}")
+    for tokens in args.image_tokens or ():
+        if tokens > MOST:
+            raise UserError(f"--image-tokens: expected at most {MOST}, got {tokens}")
+    if not 0 <= args.seed < 2**63:
+        raise UserError(f"--seed: expected from 0 to 2^63 - 1, got {args.seed}")
     if args.q_bits is not None and not args.quantize:
         raise UserError("--q-bits: expected together with -q")
     if args.json:

@@ -10,6 +10,7 @@ from typing import Any
 from mlx_lm.utils import load as mlx_lm_load
 
 from .config import from_dict
+from .data import chat
 from .data.image import Geometry, ImageSource, load_image
 from .data.records import Turn
 from .errors import UserError, one_line
@@ -48,7 +49,7 @@ def options(args: argparse.Namespace, loaded: Loaded) -> dict[str, Any]:
     if args.system_prompt:
         chosen["system"] = args.system_prompt
     try:
-        check_options(loaded.model, dict(chosen))
+        check_options(loaded.model, dict(chosen), chosen.get("max_kv_size"))
     except UserError as error:
         name, rest = str(error).split(":", 1)
         raise UserError(f"--{name.replace('_', '-')}:{rest}") from None
@@ -100,7 +101,7 @@ class Conversation:
         self.store = own if store is None else store
         self._system = (Turn("system", system),) if system else ()
         self._options = options | ({"draft_model": draft_model} if draft_model is not None else {})
-        check_options(loaded.model, self._options | {"max_kv_size": max_kv_size})
+        check_options(loaded.model, self._options, max_kv_size)
         self._new_reader = lambda: Reader(loaded.model, max_kv_size, draft_model)
         self.reset()
 
@@ -153,6 +154,7 @@ class Conversation:
                 self._reader.cache,
                 sampling,
                 limit,
+                before=prompt.ids[: len(prompt.ids) - len(ids)],
                 attention=attention,
                 **self._options,
             ):
@@ -185,11 +187,16 @@ class Conversation:
             Sight(str(key), image, from_dict(Geometry, geometry, "geometry"))
             for (key, geometry), image in zip(about["sights"], remembered, strict=True)
         ]
-        images = iter(seen)
-        self.turns = tuple(
-            Turn(role, text, tuple(next(images) for _ in range(count)))
-            for role, text, count in about["turns"]
-        )
+        turns: list[Turn] = []
+        for role, text, count in about["turns"]:
+            if role not in ("system", "user", "assistant") or not 0 <= count <= len(seen):
+                raise ValueError("expected turns of the system, the user and the assistant")
+            turns.append(Turn(role, text, tuple(seen[:count])))
+            seen = seen[count:]
+        if seen or not turns or turns[-1].role != "assistant":
+            raise ValueError("expected an answer at the end and every image in a turn")
+        chat.turn_starts(self.loaded.tokenizer, turns)  # a template may refuse them
+        self.turns = tuple(turns)
 
     @property
     def image_sources(self) -> list[ImageSource | Sight]:

@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import io
 import sys
 from collections.abc import Callable
 from typing import ParamSpec
@@ -30,6 +31,9 @@ def command(main: Callable[P, int]) -> Callable[P, int]:
 
     @functools.wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> int:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")  # a terminal that lacks a letter shows "?"
         try:
             return main(*args, **kwargs)
         except UserError as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from . import conversation, errors, prompt_cache, sampling, weights
+from .console import printable
 from .conversation import Conversation
 from .errors import UserError
 from .evaluation import files, overlay
@@ -43,7 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     for piece in chat.ask(args.prompt, args.image, choice, attention=watch):
         pieces.append(piece)
         if not args.json:
-            print(piece.text, end="", flush=True)
+            shown = printable(piece.text) if sys.stdout.isatty() else piece.text
+            print(shown, end="", flush=True)
     if not args.json:
         print()
     if args.save_prompt_cache:

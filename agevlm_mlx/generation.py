@@ -4,7 +4,7 @@ Everything that chooses words is mlx-lm's; what is added here is that the images
 prompt cache, and that each token can say where it looked.
 """
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .models.agevlm import AgeVLM
 
 Images = ImageSource | Sequence[ImageSource]
+LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 
 
 @dataclass
@@ -77,7 +78,8 @@ def stream_generate(
     that cannot be read, a prompt beyond the model's context and options that are wrong.
     """
     sampling = sampling or _take_sampling(options)
-    check_options(model, options)
+    max_kv_size = options.pop("max_kv_size", None)
+    check_options(model, options, max_kv_size)
     store = ImageStore(model, preprocessor)
     turns = as_turns(prompt, as_list(images))
     if prompt_cache is not None:
@@ -87,12 +89,19 @@ def stream_generate(
         rest = list(asked.ids)
     else:
         asked = read(tokenizer, turns, store)
-        reader = Reader(model, options.pop("max_kv_size", None), options.get("draft_model"))
+        reader = Reader(model, max_kv_size, options.get("draft_model"))
         rest = reader.prepare(asked)
         prompt_cache = reader.cache
-    limit = room(model, asked)
     yield from stream(
-        model, tokenizer, rest, prompt_cache, sampling, limit, attention=attention, **options
+        model,
+        tokenizer,
+        rest,
+        prompt_cache,
+        sampling,
+        room(model, asked),
+        before=asked.ids[: len(asked.ids) - len(rest)],
+        attention=attention,
+        **options,
     )
 
 
@@ -106,13 +115,13 @@ def _take_sampling(options: dict[str, Any]) -> Sampling:
     return Sampling(**chosen)
 
 
-def check_options(model: "AgeVLM", options: dict[str, Any]) -> None:
+def check_options(model: "AgeVLM", options: dict[str, Any], max_kv_size: int | None = None) -> None:
     """Check mlx-lm's options, and complete those of KV quantisation: from the first token on, in
     the largest groups that the heads allow.
 
     ``UserError`` for what is wrong or cannot be combined, before any work.
     """
-    bits, size = options.get("kv_bits"), options.get("max_kv_size")
+    bits, size = options.get("kv_bits"), max_kv_size
     drafts = options.get("draft_model") is not None
     if bits not in (None, 4, 8):
         raise UserError(f"kv_bits: expected 4 or 8, got {bits}")
@@ -154,16 +163,19 @@ def stream(
     sampling: Sampling,
     room: int | None = None,
     *,
+    before: Sequence[int] = (),
     attention: bool = False,
     **options: Any,
 ) -> Generator[Response, None, None]:
     """The answer after `ids`, which `cache` has yet to read.
 
-    room: at most so many tokens, whatever `sampling` allows. See `stream_generate`.
+    room: at most so many tokens, whatever `sampling` allows. before: the text that the cache has
+    read, for penalties. See `stream_generate`.
     """
     sampling.check_vocabulary(vocabulary(model))
     options.setdefault("sampler", sampling.sampler())
-    options.setdefault("logits_processors", sampling.logits_processors() or None)
+    processors = [_after(before, p) for p in sampling.logits_processors()]
+    options.setdefault("logits_processors", processors or None)
     max_tokens = sampling.max_tokens if room is None else min(sampling.max_tokens, room)
     stop = StopWords(sampling.stop)
     reading = model if options.get("draft_model") is not None else ReadOnce(model, ids)
@@ -224,6 +236,18 @@ class ReadOnce(nn.Module):
             self._last = last
             return last
         return self.model(inputs, cache=cache)
+
+
+def _after(before: Sequence[int], processor: LogitsProcessor) -> LogitsProcessor:
+    """`processor` for mlx-lm, which shows it only the tokens that it feeds itself."""
+    if not before:
+        return processor
+    known = mx.array(before)
+
+    def process(tokens: mx.array, logits: mx.array) -> mx.array:
+        return processor(mx.concatenate([known.astype(tokens.dtype), tokens]), logits)
+
+    return process
 
 
 def vocabulary(model: "AgeVLM") -> int:
@@ -325,6 +349,7 @@ def _run(
                 [rest],
                 [longest],
                 caches=[cache],
+                all_tokens=[list(asked[n].ids[: len(asked[n].ids) - len(rest)])],
                 samplers=[sampling.sampler()],
                 logits_processors=[sampling.logits_processors()],
             )

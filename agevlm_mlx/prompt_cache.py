@@ -5,14 +5,12 @@ checkpoint made them and what they have read, so that another checkpoint refuses
 """
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
 
-from .atomic import TEMPORARY
+from . import atomic
 from .conversation import Conversation
 from .errors import UserError, one_line
 from .weights import Loaded, fingerprint
@@ -38,15 +36,16 @@ def save(path: Path, conversation: Conversation) -> None:
         **conversation.describe(),
     }
     metadata = {name: json.dumps(value) for name, value in about.items()}
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=TEMPORARY, suffix=".safetensors")
-    os.close(handle)
-    try:
-        save_prompt_cache(name, conversation.cache, metadata)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+
+    def write(name: Path) -> None:
+        try:
+            save_prompt_cache(str(name), conversation.cache, metadata)
+        except RuntimeError as error:  # MLX says no more than that it could not
+            raise UserError(
+                f"{path}: could not be written ({one_line(error)}); is the disk full?"
+            ) from None
+
+    atomic.write_file(path, write)
 
 
 def load(path: Path, loaded: Loaded, **options: Any) -> Conversation:
@@ -55,7 +54,13 @@ def load(path: Path, loaded: Loaded, **options: Any) -> Conversation:
     options: those of `Conversation`. ``UserError`` for what is no such file, is damaged, or was
     made by another checkpoint.
     """
-    if not path.is_file():
+    if options.get("draft_model") is not None:
+        raise UserError(f"{path}: the file holds no cache of a draft model; use none")
+    try:
+        found = path.is_file()
+    except OSError:  # a name too long
+        found = False
+    if not found:
         raise UserError(f"{path}: no such file; make one with --save-prompt-cache")
     try:
         cache, metadata = load_prompt_cache(str(path), return_metadata=True)
@@ -76,6 +81,11 @@ def load(path: Path, loaded: Loaded, **options: Any) -> Conversation:
     conversation = Conversation(loaded, **options)
     try:
         conversation.restore(cache, about)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, UserError) as error:
+    except Exception as error:  # whatever a file made by hand leads to
         raise UserError(f"{path}: damaged prompt cache: {one_line(error)}") from None
+    size, bits = options.get("max_kv_size"), options.get("kv_bits")
+    if size is not None and size != about["max_kv_size"]:
+        raise UserError(f"{path}: made with max_kv_size {about['max_kv_size']}, got {size}")
+    if bits and any(getattr(entry, "bits", bits) != bits for entry in cache):
+        raise UserError(f"{path}: its cache has been quantised in other than {bits} bits")
     return conversation

@@ -134,7 +134,8 @@ class Reader:
             self.cache = self.model.make_cache(self.max_kv_size)
             if self.draft_model is not None:
                 self.cache += make_prompt_cache(self.draft_model)
-        self._seen = images
+        # Whatever interrupts the reading below: this much is true of the cache.
+        self._track, self._seen = track[:keep], images
         if self.model.fusion == "cross":
             self._place(prompt)
         else:
@@ -163,13 +164,16 @@ class Reader:
             raise ValueError("its layers are not those of the model")
         if any(entry.offset != len(track) for entry in cache):
             raise ValueError(f"expected a cache of {len(track)} tokens in every layer")
+        for entry, new in zip(cache, self._one_token(limit), strict=True):
+            _check_text(entry, new)
         layers = []
         for i in self.model.looking_layers if self.model.fusion == "cross" else ():
             block: Any = self.model.layers[i].cross_attn
             vision = cache[i].vision
             slots = block.null_slots + S * len(seen) if seen else 0
             shape = (1, block.n_kv_heads, slots, block.head_dim)
-            if slots and (vision.keys.shape != shape or vision.values.shape != shape):
+            parts = (vision.keys, vision.values) if slots else ()
+            if any(p.shape != shape or p.dtype != block.gate.dtype for p in parts):
                 raise ValueError(f"layer {i}: expected image keys of the shape {shape}")
             layers.append((i, block.null_slots))
         images = []
@@ -181,6 +185,12 @@ class Reader:
             images.append(SeenImage(tuple(parts)))
         self.cache, self._track, self._seen, self.max_kv_size = cache, track, seen, limit
         return images
+
+    def _one_token(self, max_kv_size: int | None) -> list[Any]:
+        """A cache that has read something: what the tensors of one from a file must be like."""
+        cache = self.model.make_cache(max_kv_size)
+        self.model(mx.array([[0]]), cache=cache)
+        return cache
 
     def _offset(self) -> int:
         """Positions that every cache holds."""
@@ -278,6 +288,22 @@ def _alike(entry: Any, fresh: Any) -> bool:
     if isinstance(fresh, VisionCache):
         return isinstance(entry, VisionCache) and _alike(entry.text, fresh.text)
     return type(entry) in (type(fresh), QuantizedKVCache)
+
+
+def _check_text(entry: Any, like: Any) -> None:
+    """``ValueError`` unless the text in one layer's cache has the form of that in another."""
+    if isinstance(entry, VisionCache):
+        entry, like = entry.text, like.text
+    for name in ("keys", "values"):
+        array, other = getattr(entry, name), getattr(like, name)
+        if isinstance(entry, QuantizedKVCache):
+            array = mx.dequantize(*array, group_size=entry.group_size, bits=entry.bits)
+        B, K, room, H = array.shape
+        kept = min(entry.offset, getattr(entry, "max_size", entry.offset))
+        if (1, other.shape[1], other.shape[3]) != (B, K, H) or array.dtype != other.dtype:
+            raise ValueError(f"expected {name} like {other.dtype} {list(other.shape)}")
+        if room < kept:
+            raise ValueError(f"expected {name} of {kept} tokens, got {room}")
 
 
 def begin(

@@ -12,6 +12,9 @@ from mlx_lm.sample_utils import greedy_sampler, make_logits_processors
 
 from .errors import UserError
 
+#: Below it temperatures and shares mean the same, and float32 can no longer divide by them.
+COLDEST = 1e-6
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -39,6 +42,8 @@ class Sampling:
             if not right:
                 raise UserError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
 
+        for name in ("max_tokens", "top_k", "repetition_context_size"):
+            check(name, getattr(self, name) < 2**31, "less than 2^31")
         numbers = ("temp", "top_p", "min_p", "repetition_penalty", "presence_penalty")
         for name in (*numbers, "frequency_penalty"):
             value = getattr(self, name)
@@ -89,7 +94,10 @@ class _Sampler:
         logprobs = keep_likely(logprobs, chosen.top_p, chosen.min_p, chosen.top_k)
         if self._key is not None:
             self._key, key = mx.random.split(self._key)
-        return mx.random.categorical(logprobs * (1 / chosen.temp), key=key)
+        # Seen from the likeliest, and within what float32 can divide by.
+        temp = min(max(chosen.temp, COLDEST), 1 / COLDEST)
+        logits = (logprobs - logprobs.max(axis=-1, keepdims=True)) / temp
+        return mx.random.categorical(logits, key=key)
 
 
 def keep_likely(logprobs: mx.array, top_p: float, min_p: float, top_k: int) -> mx.array:
@@ -103,7 +111,7 @@ def keep_likely(logprobs: mx.array, top_p: float, min_p: float, top_k: int) -> m
         likely = -mx.sort(-logprobs, axis=-1)
         probs = mx.exp(likely)
         above = mx.cumsum(probs, axis=-1, inclusive=False)
-        kept = above < top_p * probs.sum(axis=-1, keepdims=True)
+        kept = above < max(top_p, COLDEST) * probs.sum(axis=-1, keepdims=True)
         lowest = mx.where(kept, likely, mx.inf).min(axis=-1, keepdims=True)
         logprobs = mx.where(logprobs < lowest, -mx.inf, logprobs)
     if min_p:

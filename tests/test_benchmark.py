@@ -248,8 +248,8 @@ def test_the_first_question_includes_the_projector_and_the_second_does_not(tiny_
         monkeypatch.setattr(AgeVLM, name, counted(name))
     bench = measure.Bench(tiny_model, measure.Settings((32,), 4, 3, 2, 2), lambda _: None)
     figures = bench.first_token(32)
-    # Once for the second questions, once in each first question: a warm-up and two trials.
-    assert calls == {"project": 4, "remember": 4}
+    # Once for the second questions, once in each first question: a warm-up and three times two.
+    assert calls == {"project": 8, "remember": 8}
     assert list(figures["seconds"]) == [
         "text_only", "no_image", "first_question", "second_question",
     ]  # fmt: skip
@@ -373,10 +373,13 @@ def test_a_shape_is_measured_quantised_and_judged(monkeypatch, tmp_path, capsys,
     [
         (["--image-tokens", "17"], "multiple of this model's 16"),
         (["--image-tokens", "0"], "multiple of this model's 16"),
-        (["--prompt-tokens", "1"], "at least 2, got 1"),
-        (["--generation-tokens", "0"], "at least 1, got 0"),
-        (["--batch-size", "-1"], "at least 1, got -1"),
-        (["--trials", "0"], "at least 1, got 0"),
+        (["--seed", "-1"], "--seed: expected from 0"),
+        (["--image-tokens", "64000000000"], "--image-tokens: expected at most 1000000"),
+        (["--prompt-tokens", "100000000000"], "from 2 to 1000000, got 1000"),
+        (["--prompt-tokens", "1"], "from 2 to 1000000, got 1"),
+        (["--generation-tokens", "0"], "from 1 to 1000000, got 0"),
+        (["--batch-size", "-1"], "from 1 to 1000000, got -1"),
+        (["--trials", "0"], "from 1 to 1000000, got 0"),
         (["--q-bits", "4"], "together with -q"),
         (["--json", "no/such/folder/a.json"], "create it first"),
     ],

@@ -1,13 +1,17 @@
 """A chat: images stay with their turns, nothing is read twice, and errors change nothing."""
 
+from dataclasses import replace
+
+import mlx.core as mx
 import pytest
 
 from agevlm_mlx.conversation import Conversation
 from agevlm_mlx.data.chat import prompt_ids
 from agevlm_mlx.data.records import Turn
 from agevlm_mlx.errors import UserError
-from agevlm_mlx.generation import generate
+from agevlm_mlx.generation import as_list, batch_generate, generate
 from agevlm_mlx.image_store import ImageStore
+from agevlm_mlx.models.agevlm import AgeVLM
 from agevlm_mlx.sampling import Sampling
 
 SHORT = Sampling(max_tokens=6)
@@ -126,6 +130,64 @@ def test_a_bounded_text_keeps_its_images(tiny_talker, noise):
     entry = chat.cache[1]
     assert entry.text.state[0].shape[2] <= 64
     assert entry.vision.keys.shape[2] == 1 + 6 * 16
+
+
+def test_penalties_count_what_was_said_before(talker, noise):
+    """mlx-lm's processors see only what is fed: a follow-up would be penalised less."""
+    sampling = Sampling(max_tokens=12, repetition_penalty=1.8, repetition_context_size=500)
+    chat = Conversation(talker)
+    for question, images in [("Is there a dog?", noise(1)), ("Where?", ()), ("Yes?", noise(2))]:
+        turns = (*chat.turns, Turn("user", question, tuple(as_list(images))))
+        said = "".join(p.text for p in chat.ask(question, images, sampling)).strip()
+        options = (talker.model, talker.tokenizer, talker.preprocessor)
+        assert said == generate(*options, turns, sampling=sampling)
+        assert [said] == batch_generate(*options, [turns], sampling=sampling)
+    plain = "".join(
+        p.text for p in Conversation(talker).ask("Yes?", noise(2), Sampling(max_tokens=12))
+    )
+    assert plain.strip() != said
+
+
+def test_a_quantised_cache_is_one_from_the_first_token_on(talker_of_width_64, noise):
+    chat = Conversation(talker_of_width_64, kv_bits=4)
+    for question, images in [("Is there a dog?", noise(1)), ("Where?", ())]:
+        list(chat.ask(question, images, SHORT, attention=True))
+        kinds = {type(getattr(entry, "text", entry)).__name__ for entry in chat.cache}
+        assert kinds == {"QuantizedKVCache"}
+    assert {entry.bits for entry in chat.cache} == {4}
+
+
+@pytest.fixture(params=["cross", "concat"])
+def talker_of_width_64(tiny_talker, request):
+    it = tiny_talker(request.param)
+    config = it.model.config
+    mx.random.seed(3)
+    return replace(
+        it, model=AgeVLM(replace(config, text_config={**config.text_config, "head_dim": 64}))
+    )
+
+
+def test_an_interrupted_look_leaves_no_image_behind(talker, noise, monkeypatch):
+    """Ctrl-C while the second of two pictures is read: the next question is about neither."""
+    chat = Conversation(talker)
+    ask(chat, "Is there a dog?", noise(1))
+    place, calls = type(talker.model).place, []
+
+    def interrupted(self, *args, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return place(self, *args, **options)
+
+    before = chat.turns
+    chat.turns = ()
+    with monkeypatch.context() as patch:
+        patch.setattr(type(talker.model), "place", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            list(chat.ask("Where is the car?", [noise(2), noise(3)], SHORT))
+    chat.turns = before
+    asked = (*before, Turn("user", "Where is the car?"))
+    assert ask(chat, "Where is the car?") == fresh(talker, asked)
 
 
 def test_word_maps_are_those_of_the_last_exchange(talker, noise):

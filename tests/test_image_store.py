@@ -1,6 +1,8 @@
 """Images are looked at once: what counts as the same image, and what the memory may take."""
 
 import io
+import os
+import subprocess
 
 import mlx.core as mx
 import numpy as np
@@ -94,6 +96,23 @@ def test_what_is_no_image_is_one_line(store, tmp_path, make, message):
         store.look(make(tmp_path))
     assert "\n" not in str(caught.value)
     assert (len(store), store.misses) == (0, 0)
+
+
+def test_only_pictures_are_opened_whatever_they_are_called(store, tmp_path, monkeypatch):
+    """Pillow would hand an EPS, which is a program, to Ghostscript."""
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("something was started"))
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 60 40\n%%EndComments\nshowpage\n%%EOF\n"
+    path = tmp_path / "photo.png"
+    path.write_bytes(eps)
+    for source in (path, eps):
+        with pytest.raises(UserError, match="not an image"):
+            store.look(source)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="a pipe or a device"):
+        store.look(tmp_path / "pipe")
+    for name in ("~nobody-here/a.png", "a" * 5000):
+        with pytest.raises(UserError, match="not an image|no such file"):
+            store.look(name)
 
 
 def test_a_file_is_not_read_beyond_its_limit(store, tmp_path, monkeypatch):

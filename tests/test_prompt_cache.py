@@ -103,7 +103,24 @@ def test_damaged_and_foreign_files_are_one_line(tiny_talker, tmp_path, noise):
     seen = next(k for k, v in header["__metadata__"].items() if k.endswith("seen"))
     sights = next(k for k, v in header["__metadata__"].items() if k.endswith("sights"))
     classes = next(k for k, v in header["__metadata__"].items() if v == "VisionCache")
+    turns = next(k for k, v in header["__metadata__"].items() if k.endswith("turns"))
+    limit = next(k for k, v in header["__metadata__"].items() if k.endswith("max_kv_size"))
+
+    def retyped(kind):
+        changed = json.loads(json.dumps(header))
+        for name, about in changed.items():
+            if name != "__metadata__" and about["dtype"] == "F32" and len(about["shape"]) == 4:
+                about["dtype"] = kind
+        text = json.dumps(changed).encode()
+        return len(text).to_bytes(8, "little") + text + data[8 + size :]
+
     cases = {
+        "integers": retyped("I32"),
+        "size": with_header(lambda m: m.update({limit: "Infinity"})),
+        "many images": with_header(lambda m: m.update({turns: '[["user","x",1000000000000]]'})),
+        "no text": with_header(lambda m: m.update({turns: '[["user",5,1],["assistant","a",0]]'})),
+        "no answer": with_header(lambda m: m.update({turns: '[["user","x",1]]'})),
+        "no role": with_header(lambda m: m.update({turns: '[["king","x",1],["assistant","a",0]]'})),
         "empty": b"",
         "text": b"no tensors",
         "cut": data[: len(data) // 2],
@@ -189,6 +206,9 @@ def test_the_command_saves_and_goes_on(talker, noise, tmp_path, capsys):
         (["--kv-bits", "8"], "error: --kv-group-size: expected 32, 64 or 128"),
         (["--num-draft-tokens", "3"], "expected --draft-model beside it"),
         (["--draft-model", tmp_path], "--draft-model"),
+        (["--prompt-cache-file", cache, "--max-kv-size", "16"], "max_kv_size"),
+        (["--prompt-cache-file", "a" * 5000], "no such file"),
+        (["--save-prompt-cache", tmp_path / f"{'a' * 300}.safetensors"], "name"),
     ]:
         code, said = run("--prompt", "Where?", *wrong)
         assert (code, said.out) == (2, "")

@@ -49,6 +49,13 @@ def test_a_draw_follows_the_probabilities():
     assert {only(logprobs).item() for _ in range(60)} == {0, 1, 2}
 
 
+def test_the_coldest_settings_are_greedy():
+    logprobs = mx.log(mx.array([[0.2, 0.5, 0.3]]))
+    for options in ({"temp": 1e-320}, {"temp": 1.0, "top_p": 1e-46}, {"temp": 1e300, "top_k": 1}):
+        draw = Sampling(**options).sampler()
+        assert {draw(logprobs).item() for _ in range(20)} == {1}, options
+
+
 def test_a_seed_does_not_listen_to_the_rest_of_the_process():
     logprobs = mx.random.normal((1, 1000))
 
@@ -71,7 +78,7 @@ def test_a_seed_does_not_listen_to_the_rest_of_the_process():
     [("max_tokens", 0), ("temp", -0.1), ("temp", float("nan")), ("temp", float("inf")),
      ("top_p", 0.0), ("top_p", 1.5), ("top_k", -1), ("min_p", 1.1), ("repetition_penalty", 0.0),
      ("repetition_penalty", float("nan")), ("repetition_context_size", 0), ("seed", -1),
-     ("seed", 2**64), ("presence_penalty", float("inf")), ("stop", ("",))],
+     ("seed", 2**64), ("repetition_context_size", 10**20), ("max_tokens", 2**31), ("presence_penalty", float("inf")), ("stop", ("",))],
 )  # fmt: skip
 def test_wrong_values_are_named(option, value):
     with pytest.raises(UserError, match=rf"^{option}: expected .*, got "):

@@ -24,6 +24,9 @@ from ..errors import UserError, one_line
 
 #: What a picture may be given as: a path, the bytes of a file, or a PIL image.
 ImageSource = str | Path | bytes | Image.Image
+#: What is opened, whatever a file is called. Not all that Pillow can: its EPS, for one, runs
+#: Ghostscript on the program that such a file is.
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO")
 #: Pixels beyond which an image is refused before it is decoded.
 MAX_PIXELS = 50_000_000
 
@@ -58,14 +61,26 @@ def _upright(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
         raise UserError(f"{name}: damaged or truncated image: {one_line(error)}") from None
 
 
+@lru_cache(maxsize=1)
+def _formats() -> tuple[str, ...]:
+    """`FORMATS`, as far as this Pillow was built with them."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
 def _open(source: str | Path | bytes, name: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             # Our own limit is checked right after, before any pixel is decoded.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             if isinstance(source, bytes):
-                return Image.open(io.BytesIO(source))
-            return Image.open(Path(source).expanduser())
+                return Image.open(io.BytesIO(source), formats=_formats())
+            path = Path(source).expanduser()
+            if path.exists() and not (path.is_file() or path.is_dir()):
+                raise UserError(f"{name}: expected an image file, got a pipe or a device")
+            return Image.open(path, formats=_formats())
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{name}: no such file") from None
     except IsADirectoryError:

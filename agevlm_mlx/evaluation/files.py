@@ -17,7 +17,11 @@ from ..errors import UserError
 def check_writable(path: Path) -> None:
     """``UserError`` unless a file can be written at `path`; called before minutes of work."""
     folder = path.parent
-    if path.is_dir():
+    try:
+        is_folder = path.is_dir()
+    except OSError as error:  # a name too long
+        raise UserError(f"{path}: expected a name that can be written: {error.strerror}") from None
+    if is_folder:
         raise UserError(f"{path}: expected a file to write, got a folder; add a file name")
     if not folder.is_dir():
         raise UserError(f"{path}: expected the folder {folder} to exist; create it first")

@@ -197,7 +197,7 @@ def _tap_self_attention(module_name: str) -> None:
         if request is not None:
             mask = kw.get("mask", args[1] if len(args) > 1 else None)
             scale = kw.get("scale", args[0] if args else None)
-            if isinstance(keys, tuple):  # a quantised KV cache
+            if isinstance(keys, tuple | list):  # a quantised KV cache
                 keys_now = mx.dequantize(*keys, group_size=cache.group_size, bits=cache.bits)
             else:
                 keys_now = keys

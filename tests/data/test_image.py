@@ -171,8 +171,8 @@ def test_the_file_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, con
     files = []
     opened = Image.open
 
-    def remember(*args: Any) -> Any:
-        image = opened(*args)
+    def remember(*args: Any, **options: Any) -> Any:
+        image = opened(*args, **options)
         files.append(image.fp)
         return image
 
