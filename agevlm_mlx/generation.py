@@ -242,7 +242,7 @@ def _after(before: Sequence[int], processor: LogitsProcessor) -> LogitsProcessor
     """`processor` for mlx-lm, which shows it only the tokens that it feeds itself."""
     if not before:
         return processor
-    known = mx.array(before)
+    known = mx.array(list(before))
 
     def process(tokens: mx.array, logits: mx.array) -> mx.array:
         return processor(mx.concatenate([known.astype(tokens.dtype), tokens]), logits)

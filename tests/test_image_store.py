@@ -111,7 +111,7 @@ def test_only_pictures_are_opened_whatever_they_are_called(store, tmp_path, monk
     with pytest.raises(UserError, match="a pipe or a device"):
         store.look(tmp_path / "pipe")
     for name in ("~nobody-here/a.png", "a" * 5000):
-        with pytest.raises(UserError, match="not an image|no such file"):
+        with pytest.raises(UserError, match=r"not an image|no such file"):
             store.look(name)
 
 

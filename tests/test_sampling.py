@@ -78,7 +78,8 @@ def test_a_seed_does_not_listen_to_the_rest_of_the_process():
     [("max_tokens", 0), ("temp", -0.1), ("temp", float("nan")), ("temp", float("inf")),
      ("top_p", 0.0), ("top_p", 1.5), ("top_k", -1), ("min_p", 1.1), ("repetition_penalty", 0.0),
      ("repetition_penalty", float("nan")), ("repetition_context_size", 0), ("seed", -1),
-     ("seed", 2**64), ("repetition_context_size", 10**20), ("max_tokens", 2**31), ("presence_penalty", float("inf")), ("stop", ("",))],
+     ("seed", 2**64), ("repetition_context_size", 10**20), ("max_tokens", 2**31),
+     ("presence_penalty", float("inf")), ("stop", ("",))],
 )  # fmt: skip
 def test_wrong_values_are_named(option, value):
     with pytest.raises(UserError, match=rf"^{option}: expected .*, got "):
