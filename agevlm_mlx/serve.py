@@ -8,6 +8,7 @@ import argparse
 import asyncio
 import importlib.util
 import ipaddress
+import os
 import re
 import signal
 import socket
@@ -103,7 +104,7 @@ def _model_name(asked: str | None, path: Path) -> str:
     """What the model is called in requests: its hub id or its folder's name, no whole path."""
     if asked is None:
         return "agevlm"
-    return path.resolve().name if Path(asked).expanduser().exists() else asked
+    return path.resolve().name if os.path.exists(os.path.expanduser(asked)) else asked
 
 
 def _announcement(args: argparse.Namespace, name: str, listener: socket.socket) -> str:
@@ -126,7 +127,7 @@ def _listen(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind, proto)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-    except (OSError, UnicodeError, OverflowError) as error:
+    except (OSError, UnicodeError) as error:
         if listener is not None:
             listener.close()
         reason = getattr(error, "strerror", None) or "no such address"
@@ -192,10 +193,12 @@ def _check(args: argparse.Namespace) -> None:
         if getattr(args, name) < 1:
             flag = name.replace("_", "-")
             raise UserError(f"--{flag}: expected at least 1, got {getattr(args, name)}")
-    for name in ("max_queue", "max_images", "prompt_cache_size", "port"):
+    for name in ("max_queue", "max_images", "prompt_cache_size"):
         if getattr(args, name) < 0:
             flag = name.replace("_", "-")
             raise UserError(f"--{flag}: expected at least 0, got {getattr(args, name)}")
+    if not 0 <= args.port <= 65535:
+        raise UserError(f"--port: expected 0 to 65535, got {args.port}")
     if args.timeout is not None and not args.timeout > 0:
         raise UserError(f"--timeout: expected more than 0 seconds, got {args.timeout}")
     if args.image_root is not None and not args.image_root.is_dir():
@@ -218,7 +221,7 @@ def _parser() -> argparse.ArgumentParser:
     images = parser.add_argument_group("images").add_argument
     images("--allow-domain", type=_domain, action="append", default=[], metavar="HOST[:PORT]",
            help="fetch images from this host; repeat for several (none)")  # fmt: skip
-    images("--image-root", type=lambda text: Path(text).expanduser(), metavar="DIR",
+    images("--image-root", type=lambda text: Path(os.path.expanduser(text)), metavar="DIR",
            help="open image files of this folder (none)")  # fmt: skip
     images("--image-cache-bytes", type=_size, default=256 << 20, metavar="SIZE",
            help="for images looked at before (256MB)")  # fmt: skip

@@ -16,6 +16,8 @@ from ..sampling import Sampling
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 #: OpenAI's limits.
 MAX_STOPS, MAX_TOP_LOGPROBS, MAX_BIASES = 4, 20, 1024
+#: Brackets and commas of a body: small values take far more time and memory than their text.
+MAX_VALUES = 200_000
 #: Fields that would change the answer and cannot be honoured: (what to send instead).
 NOT_SERVED = {"tools": "no tools", "functions": "no functions", "audio": "no audio"}
 
@@ -69,8 +71,13 @@ class ChatRequest:
     model: str | None = None
 
 
-def read_json(body: bytes) -> Any:
-    """The value of a request's body; ``ApiError`` for what is no JSON."""
+def read_json(body: bytes | bytearray) -> Any:
+    """The value of a request's body; ``ApiError`` for what is no JSON or far too much of it."""
+    if sum(map(body.count, (b"{", b"[", b","))) > MAX_VALUES:
+        raise ApiError(
+            f"body: expected at most {MAX_VALUES} brackets and commas, got more; "
+            "send a shorter conversation"
+        )
     try:
         return json.loads(body, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:

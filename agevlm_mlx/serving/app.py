@@ -30,8 +30,10 @@ from .replies import Reply
 #: Seconds after which a client may try again when there is no place for it.
 RETRY_AFTER = 5
 #: Seconds in which a request must have arrived.
-BODY_TIMEOUT = 60
-#: Requests whose body and images are being read at the same time.
+BODY_TIMEOUT = 20
+#: Requests that may be on their way at the same time; one more, and the oldest is given up.
+MAX_RECEIVING = 64
+#: Requests that have arrived and are being read, with their images, at the same time.
 MAX_READING = 32
 
 
@@ -130,7 +132,9 @@ class _Service:
     def __init__(self, engine: Answers, model: str, rules: Rules) -> None:
         self.engine, self.model, self.rules = engine, model, rules
         self.created = int(time.time())
+        self._receiving: dict[asyncio.Timeout, None] = {}  # the oldest first
         self._reading = 0
+        self._parsing = asyncio.Lock()
 
     async def models(self, _: Request) -> Response:
         return JSONResponse(replies.model_list(self.model, self.created))
@@ -146,11 +150,15 @@ class _Service:
         )
 
     async def chat(self, request: Request) -> ASGIApp:
+        body = await self._receive(request)
         if self._reading >= MAX_READING:
             raise Busy
         self._reading += 1
         try:
-            asked = await self._read(request)
+            # One after the other: values take far more memory than the text they are read from.
+            async with self._parsing:
+                asked = await run_in_threadpool(self._parse, body)
+            del body  # `asked` has the images once more
             self._check_model(asked.model)
             turns = await run_in_threadpool(self._turns, asked)
         finally:
@@ -168,7 +176,8 @@ class _Service:
                 code="model_not_found",
             )
 
-    async def _read(self, request: Request) -> ChatRequest:
+    async def _receive(self, request: Request) -> bytearray:
+        """The body. Who sends it too slowly is given up and keeps nobody else out."""
         most = self.rules.max_body_bytes
         too_large = ApiError(
             f"body: expected at most {most} bytes; send smaller images", status=413
@@ -176,20 +185,29 @@ class _Service:
         announced = request.headers.get("content-length", "")
         if announced.isdecimal() and int(announced[:20]) > most:
             raise too_large
-        body = bytearray()
+        if len(self._receiving) >= MAX_RECEIVING:
+            oldest = next(iter(self._receiving))
+            del self._receiving[oldest]
+            if not oldest.expired():  # or it is on its way out already
+                oldest.reschedule(0)
+        body, deadline = bytearray(), asyncio.timeout(BODY_TIMEOUT)
         try:
-            async with asyncio.timeout(BODY_TIMEOUT):
+            async with deadline:
+                self._receiving[deadline] = None
                 async for chunk in request.stream():
                     body += chunk
                     if len(body) > most:
                         raise too_large
         except TimeoutError:
+            if deadline not in self._receiving:
+                raise Busy from None
             raise ApiError(f"body: expected within {BODY_TIMEOUT} s", status=408) from None
+        finally:
+            self._receiving.pop(deadline, None)
+        return body
 
-        def parse() -> ChatRequest:
-            return api.chat_request(api.read_json(bytes(body)), self.rules.limits)
-
-        return await run_in_threadpool(parse)
+    def _parse(self, body: bytearray) -> ChatRequest:
+        return api.chat_request(api.read_json(body), self.rules.limits)
 
     def _turns(self, asked: ChatRequest) -> tuple[Turn, ...]:
         return tuple(

@@ -32,6 +32,10 @@ _WRAPPED = tuple(
 )  # fmt: skip
 _PORTS = {"http": 80, "https": 443}
 _CHUNK = 1 << 16
+#: Characters of an address that is no data URL; urlsplit remembers what it has read.
+_MAX_ADDRESS = 8192
+#: The characters of base64 that some clients escape in a URL.
+_ESCAPED = {"%2B": "+", "%2b": "+", "%2F": "/", "%2f": "/", "%3D": "=", "%3d": "="}
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,11 @@ class ImageRules:
         scheme = url[:8].partition(":")[0].lower() if ":" in url[:8] else ""
         if scheme == "data":
             return self._data(url)
+        if len(url) > _MAX_ADDRESS:
+            raise UserError(
+                f"expected an address of at most {_MAX_ADDRESS} characters, got {len(url)}; "
+                "send the image as data:image/png;base64,..."
+            )
         if scheme in _PORTS:
             return self._fetch(url)
         if self.root is None:
@@ -73,9 +82,12 @@ class ImageRules:
         head, comma, payload = url.partition(",")
         if not comma or not head.lower().endswith(";base64"):
             raise UserError("expected data:image/...;base64,..., got another kind of data URL")
+        if "%" in payload:  # not unquote(), which makes a text of every escape of a stranger
+            for escaped, character in _ESCAPED.items():
+                payload = payload.replace(escaped, character)
         self._check_size(len(payload) // 4 * 3 - 2)
         try:
-            data = base64.b64decode(unquote(payload), validate=True)
+            data = base64.b64decode(payload, validate=True)
         except (binascii.Error, ValueError):
             raise UserError("expected base64 after the comma of the data URL, got other") from None
         self._check_size(len(data))
@@ -89,19 +101,19 @@ class ImageRules:
             "expected a file in the folder of --image-root, got none; name one relative to it"
         )
         path = url
-        if url[:5].lower() == "file:":
-            parts = urlsplit(url)
-            path = unquote(parts.path)
-            if parts.netloc not in ("", "localhost"):
-                raise refused
         try:
+            if url[:5].lower() == "file:":
+                parts = urlsplit(url)
+                path = unquote(parts.path)
+                if parts.netloc not in ("", "localhost"):
+                    raise refused
             base = root.resolve(strict=True)
             found = (base / path).resolve(strict=True)
             if not found.is_relative_to(base):
                 raise refused
             # Neither a link that has come in between nor a pipe that blocks.
             handle = os.open(found, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        except (OSError, ValueError, RuntimeError):  # no file, a null byte, a circle of links
+        except (OSError, ValueError, RuntimeError):  # no file, no URL, a circle of links
             raise refused from None
         try:
             if not stat.S_ISREG(os.fstat(handle).st_mode):

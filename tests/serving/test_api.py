@@ -234,6 +234,26 @@ def test_a_body_that_is_no_json(body):
     assert len(str(caught.value)) < 200
 
 
+@pytest.mark.parametrize(
+    "item", ["{}", "[]", "1000", '{"a":1}'], ids=["objects", "lists", "numbers", "fields"]
+)
+def test_a_body_of_very_many_values_is_refused_before_it_is_parsed(item, monkeypatch):
+    body = f'{{"messages": [{",".join([item] * (api.MAX_VALUES + 1))}]}}'.encode()
+    monkeypatch.setattr(json, "loads", lambda *_, **__: pytest.fail("parsed"))
+    with pytest.raises(ApiError, match=f"body: expected at most {api.MAX_VALUES}") as caught:
+        api.read_json(body)
+    assert caught.value.status == 400
+    assert "\n" not in str(caught.value)
+
+
+def test_a_body_may_have_all_the_values_that_a_request_has_use_for():
+    part = {"type": "text", "text": "a, b"}
+    messages = [{"role": "user", "content": [part] * 50}] * Limits().messages
+    biases = {str(n): 1.0 for n in range(api.MAX_BIASES)}
+    body = json.dumps({"messages": messages, "logit_bias": biases}).encode()
+    assert len(api.chat_request(api.read_json(body), Limits()).messages) == Limits().messages
+
+
 def test_json_is_read_in_utf_8():
     assert api.read_json('{"a": "é"}'.encode()) == {"a": "é"}
 

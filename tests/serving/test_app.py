@@ -4,7 +4,7 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -31,6 +31,7 @@ from .conftest import data_url
 
 DONE = Done("stop", 5, 2)
 ANSWER = [Piece("A "), Piece("dog"), DONE]
+HELLO = [{"role": "user", "content": "Hello"}]
 
 
 class Fake:
@@ -90,11 +91,14 @@ async def talk(
     app: Any,
     method: str,
     path: str,
-    body: bytes | list[bytes] = b"",
+    body: bytes | Sequence[bytes | None] = b"",
     headers: dict[str, str] | None = None,
     leave: Callable[[list[dict]], bool] | None = None,
 ) -> Reply:
-    """One request. leave: the client hangs up once this says so of what it has received."""
+    """One request; a part of its body that is None never comes.
+
+    leave: the client hangs up once this says so of what it has received.
+    """
     received: list[dict] = []
     came = asyncio.Event()
     chunks = [body] if isinstance(body, bytes) else list(body)
@@ -104,7 +108,7 @@ async def talk(
     ]
 
     async def receive() -> dict:
-        if requests:
+        if requests and requests[0]["body"] is not None:
             return requests.pop(0)
         while leave is None or not leave(received):
             await came.wait()
@@ -442,6 +446,75 @@ def test_a_body_that_does_not_come_is_given_up(monkeypatch):
         return Reply(received)
 
     assert asyncio.run(go()).status == 408
+
+
+def test_clients_that_send_nothing_keep_nobody_out(monkeypatch):
+    monkeypatch.setattr(app_module, "MAX_RECEIVING", 3)
+    monkeypatch.setattr(app_module, "MAX_READING", 1)
+    engine = Fake(*ANSWER)
+    path, body = "/v1/chat/completions", json.dumps({"messages": HELLO}).encode()
+
+    async def go() -> list[int | None]:
+        app = make_app(engine, "tiny", Rules())
+        never = [asyncio.create_task(talk(app, "POST", path, [b"{", None])) for _ in range(5)]
+        replies = [await talk(app, "POST", path, body) for _ in range(2)]
+        done, waiting = await asyncio.wait(never, timeout=0.1)
+        assert {task.result().status for task in done} == {429}
+        assert done == set(never[:3])  # the oldest; the others make place for nobody yet
+        for task in waiting:
+            task.cancel()
+        return [reply.status for reply in replies]
+
+    assert asyncio.run(go()) == [200, 200]
+
+
+def test_a_request_that_comes_while_the_oldest_runs_out_of_time(monkeypatch):
+    monkeypatch.setattr(app_module, "MAX_RECEIVING", 1)
+    monkeypatch.setattr(app_module, "BODY_TIMEOUT", 0.05)
+    engine = Fake(*ANSWER)
+    path, body = "/v1/chat/completions", json.dumps({"messages": HELLO}).encode()
+
+    async def go() -> tuple[int | None, int | None]:
+        app = make_app(engine, "tiny", Rules())
+        never = asyncio.create_task(talk(app, "POST", path, [b"{", None]))
+        await asyncio.sleep(0.01)
+        other = asyncio.create_task(talk(app, "POST", path, body))
+        time.sleep(0.1)  # so that both are due in the same turn of the loop
+        return (await other).status, (await never).status
+
+    assert asyncio.run(go()) == (200, 429)
+
+
+def test_bodies_are_parsed_one_after_the_other(monkeypatch):
+    read, now, most = app_module.api.read_json, 0, 0
+
+    def read_json(body: bytearray) -> Any:
+        nonlocal now, most
+        now += 1
+        most = max(most, now)
+        time.sleep(0.02)
+        now -= 1
+        return read(body)
+
+    monkeypatch.setattr(app_module.api, "read_json", read_json)
+    engine = Fake(*ANSWER)
+    path, body = "/v1/chat/completions", json.dumps({"messages": HELLO}).encode()
+
+    async def go() -> list[int | None]:
+        app = make_app(engine, "tiny", Rules())
+        bad = [talk(app, "POST", path, b"{") for _ in range(2)]
+        good = [talk(app, "POST", path, body) for _ in range(3)]
+        return [reply.status for reply in await asyncio.gather(*bad, *good)]
+
+    assert asyncio.run(go()) == [400, 400, 200, 200, 200]
+    assert most == 1
+
+
+@pytest.mark.parametrize("body", [b"[" * 150_000, b'{"a":' * 150_000, b"[{}," * 80_000])
+def test_a_body_of_brackets_is_refused(body):
+    reply = request(Fake(), "POST", "/v1/chat/completions", body)
+    assert reply.status == 400
+    assert check_error(reply.json, "invalid_request_error")["message"].startswith("body: expected")
 
 
 def test_too_many_requests_being_read_are_refused(monkeypatch):

@@ -8,6 +8,7 @@ import socket
 import ssl
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from agevlm_mlx.errors import UserError
+from agevlm_mlx.serving import images
 from agevlm_mlx.serving.images import ImageRules, is_public, public_addresses
 
 PUBLIC = "93.184.216.34"
@@ -325,9 +327,30 @@ def test_a_data_url_is_its_bytes():
     encoded = base64.b64encode(b"the image").decode()
     assert rules.read(f"data:image/png;base64,{encoded}") == b"the image"
     assert rules.read(f"DATA:;base64,{encoded}") == b"the image"
-    padded = base64.b64encode(b"12345678").decode()
-    assert rules.read("data:image/png;base64," + padded.replace("=", "%3D")) == b"12345678"
     assert rules.read("data:image/png;base64,") == b""
+
+
+@pytest.mark.parametrize("case", [str.upper, str.lower])
+def test_the_characters_of_base64_may_be_escaped_in_a_data_url(case):
+    data = b"\xfb\xef\xbe\xff\xff\xff1"
+    encoded = base64.b64encode(data).decode()
+    assert set("+/=") < set(encoded)
+    for character in "+/=":
+        encoded = encoded.replace(character, case(f"%{ord(character):x}"))
+    # The size that counts is the one without the escapes.
+    assert ImageRules(max_bytes=9).read("data:image/png;base64," + encoded) == data
+
+
+@pytest.mark.parametrize(("escape", "good"), [("%2B", True), ("%41", False), ("%252B", False)])
+def test_a_data_url_of_escapes_takes_little_memory(escape, good):
+    url = "data:image/png;base64," + escape * 400_000
+    tracemalloc.start()
+    try:
+        with contextlib.nullcontext() if good else pytest.raises(UserError, match="got other"):
+            ImageRules().read(url)
+        assert tracemalloc.get_traced_memory()[1] < 3 * len(url)
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(
@@ -338,6 +361,8 @@ def test_a_data_url_is_its_bytes():
         ("data:", "another kind of data URL"),
         ("data:image/png;base64,a", "got other"),
         ("data:image/png;base64,a*b=", "got other"),
+        ("data:image/png;base64,%61%61%61%61", "got other"),
+        ("data:image/png;base64,aaa%", "got other"),
         ("data:image/png;base64,\u00e9\u00e9\u00e9\u00e9", "got other"),
         ("data:image/png;base64," + base64.b64encode(b"x" * 10).decode(), "at most 9 bytes"),
         ("data:image/png;base64," + "A" * 10**6, "at most 9 bytes"),
@@ -389,8 +414,9 @@ def test_a_path_is_no_url(root):
      "up/secret.png", "up/root-too/a.png", "../root-too/a.png", "{root}-too/a.png",
      "file://{root}/../secret.png", "file://{root}/%2e%2e/secret.png",
      "file://{root}/..%2fsecret.png", "%2e%2e/secret.png", "..%2fsecret.png",
-     "file://other.host{root}/a%20b.png", "file://{root}/a%00b.png", "a\0b.png", "missing.png",
-     "circle", "pipe", "sub", "", ".", "..", "/", "~/a.png", "file:", "x" * 5000, "a\nb",
+     "file://other.host{root}/a%20b.png", "file://[{root}/a%20b.png",
+     "file://{root}/a%00b.png", "a\0b.png", "missing.png", "circle",
+     "pipe", "sub", "", ".", "..", "/", "~/a.png", "file:", "x" * 5000, "a\nb",
      "ftp://images.example/a.png", "/dev/zero", "/proc/self/environ"],
 )  # fmt: skip
 def test_nothing_else_is(root, url):
@@ -411,6 +437,15 @@ def test_a_root_that_is_a_link_or_has_gone(root, tmp_path):
     assert ImageRules(root=link).read("a b.png") == b"the image"
     with pytest.raises(UserError, match="expected a file in the folder"):
         ImageRules(root=tmp_path / "gone").read("a b.png")
+
+
+@pytest.mark.parametrize("url", ["http://images.example/", "file:///", "", "../"])
+def test_a_very_long_address_is_refused_before_it_is_read(url, root, monkeypatch):
+    monkeypatch.setattr(images, "urlsplit", lambda *_: pytest.fail("reads it"))
+    rules = ImageRules(allow_domains=("images.example",), root=root)
+    with pytest.raises(UserError, match="at most 8192 characters") as caught:
+        rules.read(url + "%41" * 3000)
+    assert len(str(caught.value)) < 200
 
 
 @settings(

@@ -20,10 +20,12 @@ def no_model(monkeypatch):
     "args",
     [
         ["--port", "-1"],
-        ["--port", "70000"],
+        ["--port", "65536"],
+        ["--port", "99999"],
         ["--host", "no.such.host.invalid"],
         ["--host", "a b"],
         ["--image-root", "/no/such/folder"],
+        ["--image-root", "~no-such-user/folder"],
         ["--timeout", "0"],
         ["--timeout", "nan"],
         ["--max-tokens", "0"],
@@ -43,14 +45,12 @@ def test_bad_options_are_one_line(args, capsys, monkeypatch):
     def getaddrinfo(host, port, *rest, **options):  # no network
         if host != "127.0.0.1":
             raise socket.gaierror(-2, "Name or service not known")
-        if not 0 <= port < 65536:
-            raise OverflowError
-        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, port))]
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, port % 65536))]
 
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
     assert serve.main(args) == 2
     printed = capsys.readouterr()
-    assert printed.err.startswith(f"error: {args[0] if args[0] != '--port' else '--'}")
+    assert printed.err.startswith(f"error: {args[0]}")
     assert printed.err.count("\n") == 1
     assert printed.out == ""
 
@@ -68,6 +68,11 @@ def test_values_of_the_wrong_kind(args, capsys):
         serve.main(args)
     assert caught.value.code == 2
     assert args[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("port", ["0", "65535"])
+def test_the_ports_there_are(port):
+    serve._check(parsed("--port", port))
 
 
 def test_a_port_that_is_taken(capsys):
