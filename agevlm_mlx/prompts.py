@@ -75,6 +75,12 @@ def read(tokenizer: Any, turns: Sequence[Turn], store: ImageStore) -> Prompt:
         if any("\ud800" <= letter <= "\udfff" for letter in turn.text):
             raise UserError("prompt: expected text, got bytes that are not UTF-8")
     ids = tuple(chat.prompt_ids(tokenizer, turns))
+    largest, size = max(ids, default=0), store.model.args.vocab_size
+    if largest >= size:  # MLX would read past the end of the embedding
+        raise UserError(
+            f"prompt: expected tokens below {size}, the model's vocabulary, got {largest}; the "
+            "tokenizer belongs to another model"
+        )
     places = chat.turn_starts(tokenizer, turns) if any(turn.images for turn in turns) else []
     # What is shown with the first question is seen by everything, a system message included, as
     # in training.
