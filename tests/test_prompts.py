@@ -156,11 +156,12 @@ def test_what_does_not_wait_for_an_answer_is_refused(tiny_talker):
 
 def test_a_tokenizer_of_another_model_is_found_before_it_reads_past_the_end(tiny_talker):
     it = tiny_talker("cross")
-    other = chat.build_tokenizer(["the quick brown fox jumps over the lazy dog " * 3], 500)
+    text = "Pack my box with five dozen liquor jugs, said the quick brown fox to the lazy dog."
+    other = chat.build_tokenizer([text] * 3, 500)
     assert len(other) > it.model.args.vocab_size
     store = ImageStore(it.model, it.preprocessor)
     with pytest.raises(UserError, match="tokenizer belongs to another model"):
-        read(other, (Turn("user", "the quick brown fox jumps over the lazy dog"),), store)
+        read(other, (Turn("user", text),), store)
 
 
 def test_a_concat_model_cannot_rotate(tiny_talker):
