@@ -333,7 +333,7 @@ def test_trace_run_and_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with ThreadPoolExecutor(2) as pool:  # two processes may want the same kernel at once
         programs = list(pool.map(lambda _: build(traced, "fast"), range(2)))
     assert programs[0].path == programs[1].path
-    assert programs[0].compile_seconds > 0
+    assert max(program.compile_seconds for program in programs) > 0  # one may find the other's
     assert len(list(tmp_path.iterdir())) == 2  # the runtime and the kernel, nothing half-built
     for x in (small, large):
         [traced] = msl.trace(copy, x)
