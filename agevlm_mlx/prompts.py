@@ -18,6 +18,10 @@ from .models.cache import VisionCache
 PREFILL_STEP_SIZE = 2048
 
 
+#: The images of a text: (the first text position that sees it, its key) in order.
+Seen = tuple[tuple[int, str], ...]
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A conversation that waits for an answer.
@@ -29,6 +33,27 @@ class Prompt:
     ids: tuple[int, ...]
     sights: tuple[Sight, ...] = ()
     starts: tuple[int, ...] = ()
+
+    @property
+    def seen(self) -> Seen:
+        """The images by their keys."""
+        return tuple(zip(self.starts, (sight.key for sight in self.sights), strict=True))
+
+
+def agreement(ids: Sequence[Any], seen: Seen, other_ids: Sequence[Any], other_seen: Seen) -> int:
+    """How many first positions of two texts are read alike: the ids are the same, and no image is
+    seen that the other does not see."""
+    images = _common(seen, other_seen)
+    starts = [start for start, _ in (*seen[images:], *other_seen[images:])]
+    return min([_common(ids, other_ids), *starts])
+
+
+def _common(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """How many items `a` and `b` begin with in common."""
+    for n, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return n
+    return min(len(a), len(b))
 
 
 def as_turns(prompt: str | Sequence[Turn], images: Sequence[Any] = ()) -> tuple[Turn, ...]:
@@ -118,7 +143,7 @@ class Reader:
     cache: list[Any] = field(default_factory=list)
     #: What lies at each position of the text cache: a token, or (key, n) of an image (concat).
     _track: list[Any] = field(default_factory=list)
-    _seen: tuple[tuple[int, str], ...] = ()
+    _seen: Seen = ()
 
     def __post_init__(self) -> None:
         if self.max_kv_size is not None and self.model.fusion == "concat":
@@ -133,15 +158,14 @@ class Reader:
         What is left of an earlier prompt is kept as far as text and images agree.
         """
         track = self._new_track(prompt)
-        images = tuple(zip(prompt.starts, (s.key for s in prompt.sights), strict=True))
-        keep = self._agreement(track, images)
+        keep = self._agreement(track, prompt.seen)
         if not self.cache or not self._rewind(keep):
             keep = 0
             self.cache = self.model.make_cache(self.max_kv_size)
             if self.draft_model is not None:
                 self.cache += make_prompt_cache(self.draft_model)
         # Whatever interrupts the reading below: this much is true of the cache.
-        self._track, self._seen = track[:keep], images
+        self._track, self._seen = track[:keep], prompt.seen
         if self.model.fusion == "cross":
             self._place(prompt)
         else:
@@ -218,26 +242,14 @@ class Reader:
             at = start
         return track + list(prompt.ids[at:])
 
-    def _agreement(self, track: list[Any], images: tuple[tuple[int, str], ...]) -> int:
+    def _agreement(self, track: list[Any], seen: Seen) -> int:
         """How many positions of the cache say what the new prompt says."""
         if not self.cache:
             return 0
-        same = 0
         # One position at least is left to be fed: its logits are the answer's first.
-        for old, new in zip(self._track, track[:-1], strict=False):
-            if old != new:
-                break
-            same += 1
-        if self.model.fusion == "concat":
-            return same  # the track holds the images, too
-        # Text that saw other images was read differently.
-        agree = 0
-        for old, new in zip(self._seen, images, strict=False):
-            if old != new:
-                break
-            agree += 1
-        others = [start for start, _ in (*self._seen[agree:], *images[agree:])]
-        return min([same, *others])
+        if self.model.fusion == "concat":  # the track holds the images, too
+            return agreement(self._track, (), track[:-1], ())
+        return agreement(self._track, self._seen, track[:-1], seen)
 
     def _rewind(self, keep: int) -> bool:
         """Trim every cache to `keep` positions; False if one of them cannot be."""

@@ -24,7 +24,7 @@ from ..prompts import Prompt, begin, read, room
 from ..sampling import StopWords
 from ..weights import Loaded
 from .exchange import Ask, Done, Event, Failed, Piece, Token
-from .prefixes import Prefixes, Seen
+from .prefixes import Prefixes
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Batch:
         # With concat the images lie in the text: `begin` has read it up to the last of them.
         if self._model.fusion != "cross":
             return [], 0
-        return self.prefixes.fetch(_seen(prompt), prompt.ids)
+        return self.prefixes.fetch(prompt.seen, prompt.ids)
 
     def remove(self, row: Row) -> None:
         """Nobody wants the answer any more."""
@@ -185,7 +185,7 @@ class Batch:
         if self._model.fusion == "cross":
             # Only the text's own: the images are remembered once for all texts.
             texts = [c.text if isinstance(c, VisionCache) else c for c in cache]
-            self.prefixes.keep(_seen(row.prompt), tokens, texts)
+            self.prefixes.keep(row.prompt.seen, tokens, texts)
         try:
             words = self._words(row) if row.ask.attention else ()
         except Exception as error:  # a pass of its own: it concerns no other row
@@ -212,10 +212,6 @@ class Batch:
             plain({"word": word.word, "role": word.role, **word.describe(geometries)})
             for word in found
         )
-
-
-def _seen(prompt: Prompt) -> Seen:
-    return tuple(zip(prompt.starts, (sight.key for sight in prompt.sights), strict=True))
 
 
 def _with_text(entry: Any, text: Any) -> Any:

@@ -8,8 +8,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
-#: The images of a text: (the first text position that sees it, its key) in order.
-Seen = tuple[tuple[int, str], ...]
+from ..prompts import Seen, agreement
 
 
 @dataclass(frozen=True)
@@ -21,10 +20,7 @@ class _Entry:
 
     def usable(self, seen: Seen, ids: Sequence[int]) -> int:
         """How many of `ids` these caches hold as a text with the images `seen` would have them."""
-        agree = _common(self.seen, seen)
-        # Text that saw another image was read differently from there on.
-        others = [start for start, _ in (*self.seen[agree:], *seen[agree:])]
-        n = min([_common(self.ids, ids), *others])
+        n = agreement(self.ids, self.seen, ids, seen)
         return n if n == len(self.ids) or can_trim_prompt_cache(self.texts) else 0
 
 
@@ -82,11 +78,3 @@ class Prefixes:
             len(self._entries) > self.max_size or self.nbytes > self.max_bytes
         ):
             del self._entries[0]
-
-
-def _common(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """How many items `a` and `b` begin with in common."""
-    for n, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return n
-    return min(len(a), len(b))
