@@ -2,10 +2,10 @@
 
 import argparse
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mlx_lm.utils import load as mlx_lm_load
 
@@ -15,13 +15,15 @@ from .data.image import Geometry, ImageSource, load_image
 from .data.records import Turn
 from .errors import UserError, one_line
 from .evaluation.overlay import Picture, WordMap
-from .evaluation.words import word_maps
+from .evaluation.words import Look, looks, word_maps
 from .generation import Images, Response, as_list, check_options, stream
 from .hub import download
 from .image_store import ImageStore, Sight
-from .prompts import Prompt, Reader, begin, read, room
+from .prompts import Prompt, Reader, begin, fit, read, room
 from .sampling import Sampling
 from .weights import Loaded
+
+Found = TypeVar("Found", WordMap, Look)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -167,6 +169,17 @@ class Conversation:
                 self._reader.wrote(tokens)
                 self.turns = (*turns, Turn("assistant", said.strip()))
 
+    def make_room(self, text: str, images: Images = (), tokens: int = 64) -> int:
+        """Forget the oldest exchanges until `text` can be asked and its answer have `tokens`
+        tokens; how many were forgotten. Their images stay, see `prompts.fit`.
+
+        ``UserError`` as `ask` raises it, if even the question alone is too long.
+        """
+        turns = (*self.turns, Turn("user", text, tuple(as_list(images))))
+        fitted = fit(self.loaded.tokenizer, turns, self.store, tokens)
+        self.turns = fitted[:-1]
+        return sum(turn.role == "user" for turn in turns) - sum(t.role == "user" for t in fitted)
+
     def describe(self) -> dict[str, Any]:
         """What `restore` needs beside the cache itself; JSON values."""
         turns, sights = [], []
@@ -223,6 +236,16 @@ class Conversation:
         With ``fusion = "concat"`` only of images that came first. ``UserError`` before the first
         answer, without an image, and for concat when the conversation comes from a file.
         """
+        found = self._last_words(word_maps)
+        wanted = None if words is None else {word.lower() for word in words}
+        return [m for m in found if wanted is None or m.word in wanted]
+
+    def looks(self) -> list[Look]:
+        """Where every single word of the last exchange looked, head by head; raises as
+        `word_maps`."""
+        return self._last_words(looks)
+
+    def _last_words(self, find: Callable[..., list[Found]]) -> list[Found]:
         if not self.turns or self.turns[-1].role != "assistant":
             raise UserError("words: expected an answer to look at; ask something first")
         if not self.image_sources:
@@ -237,6 +260,4 @@ class Conversation:
                 "words: a model with fusion 'concat' can show only images of the first message; "
                 "start anew with the image"
             )
-        found = word_maps(model, tokenizer, cache, self.turns, len(prompt.ids) - len(rest))
-        wanted = None if words is None else {word.lower() for word in words}
-        return [m for m in found if wanted is None or m.word in wanted]
+        return find(model, tokenizer, cache, self.turns, len(prompt.ids) - len(rest))

@@ -1,7 +1,7 @@
 """From a conversation with images to a prompt cache that has read as much of it as possible."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
@@ -20,6 +20,10 @@ PREFILL_STEP_SIZE = 2048
 
 #: The images of a text: (the first text position that sees it, its key) in order.
 Seen = tuple[tuple[int, str], ...]
+
+
+class TooLong(UserError):
+    """More text than the model's context holds."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ def read(tokenizer: Any, turns: Sequence[Turn], store: ImageStore) -> Prompt:
     """The prompt of a conversation; its images are looked at unless `store` remembers them.
 
     ``UserError`` for a conversation that does not wait for an answer, an empty question, an
-    image that cannot be read, and more text than the model's context holds.
+    image that cannot be read, and (`TooLong`) more text than the model's context holds.
     """
     if not turns or turns[-1].role != "user":
         last = f"one of the {turns[-1].role}" if turns else "no message"
@@ -124,10 +128,34 @@ def _check_room(model: AgeVLM, prompt: Prompt, images: int) -> None:
     limit = context_length(model)
     extra = model.num_image_tokens * images if model.fusion == "concat" else 0
     if limit is not None and len(prompt.ids) + extra >= limit:
-        raise UserError(
+        raise TooLong(
             f"prompt: expected fewer than {limit} tokens, the model's context, got "
             f"{len(prompt.ids) + extra}; shorten it or start a new conversation"
         )
+
+
+def fit(tokenizer: Any, turns: Sequence[Turn], store: ImageStore, tokens: int) -> tuple[Turn, ...]:
+    """The turns without as many of the oldest exchanges as leave no room for an answer of
+    `tokens` tokens. A system message stays, and so do all images: those of a message that goes
+    move to the oldest one that is left.
+
+    Raises as `read` does, `TooLong` if not even the last message fits.
+    """
+    fitted = tuple(turns)
+    while True:
+        users = [k for k, turn in enumerate(fitted) if turn.role == "user"]
+        last = len(users) < 2
+        try:
+            left = room(store.model, read(tokenizer, fitted, store))
+            if last or left is None or left >= tokens:
+                return fitted
+        except TooLong:
+            if last:
+                raise
+        first, second = users[:2]
+        moved = (*fitted[first].images, *fitted[second].images)
+        oldest = replace(fitted[second], images=moved)
+        fitted = (*fitted[:first], oldest, *fitted[second + 1 :])
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from agevlm_mlx.conversation import Conversation
@@ -229,3 +230,63 @@ def test_maps_of_two_images_are_two(tiny_talker, noise):
     assert sum(told["on_image"]) == pytest.approx(car.on_image)
     assert 0 <= told["peak"][0] <= 30
     assert 0 <= told["peak"][1] <= 20
+
+
+def test_every_word_has_its_own_look(tiny_talker, noise):
+    chat = Conversation(tiny_talker("cross"))
+    ask(chat, "Describe the image.", noise(1))
+    ask(chat, "The dog is a dog, yes?", noise(2))
+    looks = chat.looks()
+    asked = [look for look in looks if look.role == "user"]
+    assert [look.word for look in asked] == ["The", "dog", "is", "a", "dog", "yes"]
+    assert [look.names for look in asked] == [False, True, False, False, True, False]
+    for look in looks:
+        turn = chat.turns[-2 if look.role == "user" else -1]
+        assert turn.text[look.start : look.end] == look.word
+        assert look.values.shape == (2, 4, 2, 4, 4)
+    spoken = chat.turns[-1].text.split()
+    assert len(looks) > len(asked) or not spoken
+
+
+def test_looks_are_the_maps_head_by_head(talker, noise):
+    chat = Conversation(talker)
+    ask(chat, "Where is the car?", noise(1))
+    (car,) = [look for look in chat.looks() if look.word == "car" and look.role == "user"]
+    (whole,) = [m for m in chat.word_maps(["car"]) if m.role == "user"]
+    assert np.allclose(car.attention(), whole.maps, atol=1e-3)
+    assert car.on_image == pytest.approx(whole.on_image, abs=1e-3)
+    assert car.grounding == pytest.approx(whole.grounding, abs=1e-3)
+    layers, heads = car.values.shape[:2]
+    one = [car.attention(n, h) for n in range(layers) for h in range(heads)]
+    assert np.allclose(sum(one) / len(one), whole.maps, atol=1e-3)
+    assert not np.allclose(car.attention(0), car.attention(1), atol=1e-3)
+
+
+def test_the_oldest_exchanges_make_room_and_leave_their_images(talker, noise):
+    chat = Conversation(talker, system="Yes No")
+    first = Turn("user", "Is there a dog?", (noise(1),))
+    filler = [t for n in range(8) for t in (Turn("user", f"{n} " * 40), Turn("assistant", "Yes"))]
+    chat.turns = (*chat.turns, first, Turn("assistant", "Yes"), *filler)
+    with pytest.raises(UserError, match="512 tokens"):
+        chat.ask("Where is the car?")
+    before = len(chat.turns)
+    gone = chat.make_room("Where is the car?", tokens=40)
+    assert gone >= 1
+    assert len(chat.turns) == before - 2 * gone
+    assert chat.turns[0] == Turn("system", "Yes No")
+    assert chat.turns[1].images == first.images
+    assert chat.turns[1].text == filler[2 * (gone - 1)].text
+    *_, last = chat.ask("Where is the car?", (), Sampling(max_tokens=40))
+    assert last.finish_reason in ("stop", "length")
+    chat.reset()
+    ask(chat, "Is there a dog?", noise(1))
+    assert chat.make_room("Where is the car?") == 0
+
+
+def test_a_question_that_is_too_long_alone_is_an_error(talker, noise):
+    chat = Conversation(talker)
+    ask(chat, "Is there a dog?", noise(1))
+    before = chat.turns
+    with pytest.raises(UserError, match="512 tokens"):
+        chat.make_room("dog " * 600)
+    assert chat.turns == before
