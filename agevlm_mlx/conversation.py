@@ -169,16 +169,19 @@ class Conversation:
                 self._reader.wrote(tokens)
                 self.turns = (*turns, Turn("assistant", said.strip()))
 
-    def make_room(self, text: str, images: Images = (), tokens: int = 64) -> int:
+    def make_room(
+        self, text: str, images: Images = (), tokens: int = 64
+    ) -> tuple[int, tuple[ImageSource | Sight, ...]]:
         """Forget the oldest exchanges until `text` can be asked and its answer have `tokens`
-        tokens; how many were forgotten. Their images stay, see `prompts.fit`.
+        tokens: how many were forgotten, and the images to ask with. Those are `images`, and what
+        the forgotten ones showed if none is left that could show it, see `prompts.fit`.
 
         ``UserError`` as `ask` raises it, if even the question alone is too long.
         """
         turns = (*self.turns, Turn("user", text, tuple(as_list(images))))
         fitted = fit(self.loaded.tokenizer, turns, self.store, tokens)
         self.turns = fitted[:-1]
-        return sum(turn.role == "user" for turn in turns) - sum(t.role == "user" for t in fitted)
+        return (len(turns) - len(fitted)) // 2, fitted[-1].images
 
     def describe(self) -> dict[str, Any]:
         """What `restore` needs beside the cache itself; JSON values."""

@@ -21,14 +21,15 @@ from .data.image import ImageSource, Preprocessor
 from .data.records import Turn
 from .errors import UserError
 from .evaluation.grounding import TokenAttention
-from .image_store import ImageStore
+from .image_store import ImageStore, Sight
 from .prompts import Prompt, Reader, as_turns, begin, read, room
 from .sampling import Sampling, StopWords
 
 if TYPE_CHECKING:
     from .models.agevlm import AgeVLM
 
-Images = ImageSource | Sequence[ImageSource]
+#: One image or several; a `Sight` is one that a store has looked at.
+Images = ImageSource | Sight | Sequence[ImageSource | Sight]
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 
 
@@ -42,9 +43,11 @@ class Response(TextResponse):
     attention: TokenAttention | None = None
 
 
-def as_list(images: Images) -> list[ImageSource]:
+def as_list(images: Images) -> list[ImageSource | Sight]:
     """One image or several, as a list."""
-    return [images] if isinstance(images, str | bytes | Image.Image) else list(_several(images))
+    if isinstance(images, str | bytes | Image.Image | Sight):
+        return [images]
+    return list(_several(images))
 
 
 def _several(images: Any) -> Sequence[ImageSource]:

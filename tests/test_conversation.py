@@ -270,8 +270,9 @@ def test_the_oldest_exchanges_make_room_and_leave_their_images(talker, noise):
     with pytest.raises(UserError, match="512 tokens"):
         chat.ask("Where is the car?")
     before = len(chat.turns)
-    gone = chat.make_room("Where is the car?", tokens=40)
+    gone, images = chat.make_room("Where is the car?", tokens=40)
     assert gone >= 1
+    assert images == ()
     assert len(chat.turns) == before - 2 * gone
     assert chat.turns[0] == Turn("system", "Yes No")
     assert chat.turns[1].images == first.images
@@ -280,7 +281,11 @@ def test_the_oldest_exchanges_make_room_and_leave_their_images(talker, noise):
     assert last.finish_reason in ("stop", "length")
     chat.reset()
     ask(chat, "Is there a dog?", noise(1))
-    assert chat.make_room("Where is the car?") == 0
+    second = noise(2)
+    assert chat.make_room("Where is the car?", second) == (0, (second,))
+    gone, images = chat.make_room("dog " * 240, second, tokens=200)
+    assert (gone, len(images), images[1]) == (1, 2, second)
+    assert chat.turns == ()
 
 
 def test_a_question_that_is_too_long_alone_is_an_error(talker, noise):
