@@ -74,7 +74,7 @@ def read_config(folder: Path) -> ModelConfig:
     kind = data.get("model_type") if isinstance(data, dict) else None
     if kind != "agevlm":
         raise UserError(
-            f"{path}: expected model_type 'agevlm', got {kind!r}; this is another model"
+            f"{path}: expected model_type 'agevlm', got {repr(kind)[:40]}; this is another model"
         )
     # A copy of `quantization` for the hub's pages, and what an export says to other programs.
     for name in ("quantization_config", "model_file", "image_token_id"):
@@ -87,7 +87,10 @@ def read_weights(folder: Path) -> dict[str, mx.array]:
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.is_file():
-        names = sorted(set(read_json(index)["weight_map"].values()))
+        table = read_json(index)
+        if not isinstance(table, dict) or not isinstance(table.get("weight_map"), dict):
+            raise UserError(f"{index}: expected a weight_map of tensor names to files")
+        names = sorted(set(map(str, table["weight_map"].values())))
     weights: dict[str, mx.array] = {}
     for name in names:
         path = folder / name
@@ -255,7 +258,14 @@ def load(source: str | Path | None = None, lazy: bool = False) -> Loaded:
         read_json(folder / "preprocessor_config.json"), str(folder / "preprocessor_config.json")
     )
     ends = config.text_config.get("eos_token_id")
-    return Loaded(model, load_tokenizer(folder, ends), preprocessor, folder)
+    try:
+        tokenizer = load_tokenizer(folder, ends)
+    except Exception as error:  # transformers raises whatever the files' content leads to
+        raise UserError(
+            f"{folder}: its tokenizer cannot be read ({type(error).__name__}: {one_line(error)}); "
+            "take tokenizer.json and tokenizer_config.json from where the checkpoint came from"
+        ) from None
+    return Loaded(model, tokenizer, preprocessor, folder)
 
 
 def load_encoder(model: AgeVLM, source: str | Path) -> None:

@@ -1,180 +1,351 @@
-"""The model behind the page: one thread that owns it, and a queue of questions. No Gradio.
+"""One tab's conversation, as plain data; the model's own side of it lies on the desk."""
 
-MLX arrays belong to the thread that made them, so that one thread loads the model and answers
-every question, in the order in which they come.
-"""
-
-import queue
-import sys
+import json
+import secrets
 import threading
 import time
-import traceback
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from typing import Any
 
-import mlx.core as mx
-from PIL import Image
-
-from agevlm_mlx.conversation import Conversation
-from agevlm_mlx.data.image import ImageSource
+from agevlm_mlx.data.image import load_image
+from agevlm_mlx.data.records import Turn
 from agevlm_mlx.errors import UserError
-from agevlm_mlx.evaluation.overlay import overlay
-from agevlm_mlx.image_store import ImageStore
+from agevlm_mlx.evaluation.presence import Examined
 from agevlm_mlx.sampling import Sampling
-from agevlm_mlx.weights import Loaded
 
+from . import export, jobs, presence
+from .catalogue import Choice, told
+from .exchange import Exchange
+from .jobs import About
+from .pictures import Shown, data_url, take
+from .worker import Ahead, Worker
 
-@dataclass(frozen=True)
-class Piece:
-    """More text of the answer."""
+#: Characters of a question, pictures of a message and of a conversation, and their bytes.
+MAX_TEXT, MAX_PICTURES, MAX_ALL_PICTURES, MAX_BYTES = 8000, 8, 32, 256 << 20
+#: Of so many exchanges, the newest ones, the maps of every head are kept; of others their mean.
+MAPS_KEPT = 8
+#: Seconds between two states while an answer grows: more than a screen shows is of no use.
+FRAME = 1 / 30
 
-    text: str
-
-
-@dataclass(frozen=True)
-class WordView:
-    """One word of the question ("user") or the answer ("assistant") and where it looked.
-
-    share: attention on the image, 0..1; the rest is on nothing in it.
-    """
-
-    word: str
-    role: str
-    picture: Image.Image
-    share: float
-
-
-@dataclass(frozen=True)
-class Done:
-    """The whole answer, where each of its words looked, and how long it took."""
-
-    text: str
-    words: tuple[WordView, ...]
-    seconds_to_first: float
-    tokens_per_second: float
-
-
-@dataclass(frozen=True)
-class _Failed:
-    error: Exception
-
-
-@dataclass(frozen=True)
-class _Job:
-    image: ImageSource
-    question: str
-    max_tokens: int
-    events: "queue.SimpleQueue[Piece | Done | _Failed]" = field(default_factory=queue.SimpleQueue)
-    unwanted: threading.Event = field(default_factory=threading.Event)
+File = tuple[str, bytes]
+State = dict[str, Any]
 
 
 class Session:
-    """Answers questions about images. Safe to use from any number of threads."""
+    """What one tab asked, was answered and showed.
 
-    def __init__(self, load: Callable[[], Loaded]) -> None:
-        """`load` is called in the session's own thread; what it raises is raised here."""
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._closed = threading.Event()
-        started: queue.SimpleQueue[Exception | Path] = queue.SimpleQueue()
-        self._thread = threading.Thread(
-            target=self._work, args=(load, started), name="model", daemon=True
-        )
-        self._thread.start()
-        outcome = started.get()
-        if isinstance(outcome, Exception):
-            self._thread.join()
-            raise outcome
-        #: The checkpoint that answers.
-        self.path = outcome
+    Methods may be called from any thread; one question at a time is answered. What a person can
+    put right becomes a sentence in the conversation.
+    """
 
-    def ask(
-        self, image: ImageSource | None, question: str, *, max_tokens: int = 256
-    ) -> Iterator[Piece | Done]:
-        """The answer as it is made: any number of `Piece`, then `Done`.
+    def __init__(
+        self,
+        worker: Worker,
+        choice: Choice,
+        about: About,
+        *,
+        sampling: Sampling | None = None,
+        system: str = "",
+        examples: Sequence[tuple[str, Shown]] = (),
+        notes: Sequence[str] = (),
+    ) -> None:
+        #: What the page shows to ask for this tab's pictures and maps. Never exported.
+        self.key = secrets.token_urlsafe(24)
+        self.choice, self.about = choice, about
+        self.sampling, self.system = sampling or Sampling(), system
+        self._worker, self._examples = worker, tuple(examples)
+        self._exchanges: list[Exchange] = []
+        self._next_id = 1
+        self._notes = list(notes)
+        self._lock = threading.Lock()
+        self._stop: threading.Event | None = None
+        self._touched = time.monotonic()
 
-        Closing the iterator stops the model. Raises ``UserError`` for what a person can put
-        right, ``RuntimeError`` with a plain sentence when the model itself fails.
+    # --- what the page shows -----------------------------------------------------------------
+
+    @property
+    def busy(self) -> bool:
+        """Whether a question is being answered."""
+        return self._stop is not None
+
+    def idle(self) -> float:
+        """Seconds since anyone asked for anything; 0 while a question is being answered."""
+        return 0.0 if self.busy else time.monotonic() - self._touched
+
+    def state(self) -> State:
+        """Everything that the page shows but pictures and maps; JSON values."""
+        about = self.about
+        return {
+            "key": self.key,
+            "busy": self.busy,
+            "model": {"name": about.name, "layers": list(about.layers), "heads": about.heads},
+            "examples": [{"id": shown.id, "question": text} for text, shown in self._examples],
+            "exchanges": [exchange.describe() for exchange in self._exchanges],
+        }
+
+    def pictures(self, ids: Sequence[str]) -> list[dict[str, Any]]:
+        """Pictures of this tab (and the examples), by their ids; others are left out."""
+        self._touch()
+        own = {shown.id: shown for exchange in self._exchanges for shown in exchange.pictures}
+        own |= {shown.id: shown for _, shown in self._examples}
+        return [_picture(own[name]) for name in ids if name in own]
+
+    def looks(
+        self, exchange: int, layer: int | None = None, head: int | None = None
+    ) -> dict[str, Any]:
+        """Where the words of an exchange looked, for one looking layer and head, counted from 0
+        (None: the mean). What the exchange does not have is the mean, too."""
+        self._touch()
+        found = self._find(exchange)
+        if found is None or not found.ended:
+            return {"exchange": exchange, "pictures": [], "words": [], "note": "No such answer."}
+        return found.where(layer, head)
+
+    def facts(self) -> dict[str, str]:
+        """What is known of the model, by label."""
+        return self.about.facts
+
+    # --- asking ------------------------------------------------------------------------------
+
+    def ask(self, text: str, files: Sequence[File] = ()) -> Iterator[State]:
+        """Ask about the pictures so far and those of `files` (name, bytes): the state as it grows.
+
+        Nothing happens while another question is being answered.
         """
-        if image is None:
-            raise UserError("no image yet; drop one, paste one or take one with the camera")
-        if not question.strip():
-            raise UserError('the question is empty; try "Describe the image."')
-        if self._closed.is_set():
-            raise RuntimeError("the model is closed")
-        job = _Job(image, question.strip(), max_tokens)
-        self._jobs.put(job)
-        return self._events(job)
+        return self._ask(text, lambda: self._take(files))
 
-    def _events(self, job: _Job) -> Iterator[Piece | Done]:
+    def example(self, id: str) -> Iterator[State]:
+        """Ask the question of an example about its picture."""
+        text, shown = next((e for e in self._examples if e[1].id == id), ("", None))
+        return self._ask(text, lambda: (shown,) if shown else ())
+
+    def edit(self, exchange: int, text: str) -> Iterator[State]:
+        """Ask another question instead of an earlier one; what came after it is dropped."""
+        found = self._find(exchange)
+        if found is None:
+            return iter([self.state()])
+        return self._ask(text, lambda: found.pictures, found)
+
+    def retry(self, exchange: int) -> Iterator[State]:
+        """Ask a question again; what came after it is dropped."""
+        found = self._find(exchange)
+        return self.edit(exchange, found.question if found else "")
+
+    def stop(self) -> None:
+        """End the answer that is being made, if any; what was said so far stays."""
+        if stop := self._stop:
+            stop.set()
+
+    def reset(self) -> State:
+        """Forget the conversation and its pictures."""
+        self.stop()
+        with self._lock:
+            self._exchanges = []
+        self._worker.post(lambda desk: desk.forget(self.key))
+        self._touch()
+        return self.state()
+
+    def switch(self, choice: Choice) -> Iterator[tuple[float, str]]:
+        """Load another model, which goes on with the conversation: (0..1, what is being done).
+
+        Raises ``UserError`` or ``RuntimeError``, with the model as it was.
+        """
+        self._touch()
         try:
-            while True:
-                event = job.events.get()
-                if isinstance(event, _Failed):
-                    raise event.error
-                yield event
-                if isinstance(event, Done):
-                    return
-        finally:
-            job.unwanted.set()
+            for event in self._worker.stream(lambda desk, send: jobs.load(desk, send, choice)):
+                if isinstance(event, About):
+                    self.choice, self.about = choice, event
+                elif isinstance(event, Ahead):
+                    yield 0.0, f"waiting, {event.count} before" if event.count else "loading"
+                else:
+                    yield event.part, event.step
+        except UserError as error:
+            raise UserError(told(error, choice)) from None
+        self._worker.post(lambda desk: desk.forget(self.key))
+
+    def presence(self, text: str, file: File | None = None) -> Iterator[str]:
+        """Ask about a picture word by word (None: the last one of the conversation): the table
+        as it grows, as HTML. Raises ``UserError`` and ``RuntimeError``."""
+        self._touch()
+        shown = take(*file) if file else self._last_picture()
+        picture = load_image(shown.data)
+        choice = self.choice
+        run = self._worker.stream(
+            lambda desk, send: jobs.examine(desk, send, choice, shown.data, text)
+        )
+        with closing(run):
+            for event in run:
+                if isinstance(event, Examined):
+                    yield presence.table(event, picture)
+
+    def _last_picture(self) -> Shown:
+        for exchange in reversed(self._exchanges):
+            if exchange.pictures:
+                return exchange.pictures[-1]
+        raise UserError("expected a picture; drop one here, or show one in the chat first")
+
+    def export_json(self) -> str:
+        """The conversation and where its words looked, without pictures."""
+        told = export.document(self.state(), self._all_looks(), self._all_pictures())
+        return json.dumps(told, indent=2, ensure_ascii=False)
+
+    def export_html(self) -> str:
+        """The conversation as a page of its own, with its pictures and maps."""
+        first = next((e.question for e in self._exchanges if e.question), "A conversation")
+        title = first if len(first) <= 80 else f"{first[:79]}…"
+        looks, pictures = self._all_looks(), self._all_pictures()
+        return export.page(self.state(), looks, pictures, title, self.facts())
+
+    def _all_looks(self) -> dict[int, dict[str, Any]]:
+        return {e.id: e.where() for e in list(self._exchanges) if e.ended}
+
+    def _all_pictures(self) -> list[dict[str, Any]]:
+        return self.pictures([s.id for e in list(self._exchanges) for s in e.pictures])
 
     def close(self) -> None:
-        """Stop the thread; questions still waiting fail. Waits for the one under way."""
-        self._closed.set()
-        self._jobs.put(None)
-        self._thread.join()
+        """Stop what is under way and let go of the model's side of the conversation."""
+        self.reset()
 
-    # --- in the model's own thread ---------------------------------------------------------
-
-    def _work(
-        self, load: Callable[[], Loaded], started: "queue.SimpleQueue[Exception | Path]"
-    ) -> None:
+    def _ask(
+        self,
+        text: str,
+        pictures: Callable[[], tuple[Shown, ...]],
+        instead_of: Exchange | None = None,
+    ) -> Iterator[State]:
+        exchange = self._begin(text.strip(), instead_of)
+        if exchange is None:  # another question is being answered
+            yield self.state()
+            return
         try:
-            try:
-                loaded = load()
-            except Exception as error:
-                started.put(error)
-                return
-            started.put(loaded.path)
-            store = ImageStore(loaded.model, loaded.preprocessor)
-            while (job := self._jobs.get()) is not None:
-                if not job.unwanted.is_set():
-                    self._answer(loaded, store, job)
-            while not self._jobs.empty():
-                if waiting := self._jobs.get():
-                    waiting.events.put(_Failed(RuntimeError("the model is closed")))
+            exchange.pictures = pictures()
+            exchange.notes += [shown.note for shown in exchange.pictures if shown.note]
+            self._check(exchange)
+            yield from self._answer(exchange)
+        except (UserError, RuntimeError) as error:
+            exchange.state, exchange.error = "failed", sentence(error)
         finally:
-            # Without it MLX 0.32 aborts the process at exit, in one of four runs.
-            mx.clear_streams()
+            if exchange.state in ("waiting", "reading", "answering"):
+                exchange.state = "stopped"  # nobody waited for its end
+            self._stop = None
+            self._touch()
+        yield self.state()
 
-    def _answer(self, loaded: Loaded, store: ImageStore, job: _Job) -> None:
-        try:
-            for event in _stream(loaded, store, job):
-                if job.unwanted.is_set() or self._closed.is_set():
-                    job.events.put(_Failed(RuntimeError("stopped")))
-                    return
-                if not isinstance(event, Piece) or event.text:
-                    job.events.put(event)
-        except UserError as error:
-            job.events.put(_Failed(error))
-        except Exception as error:
-            traceback.print_exc(file=sys.stderr)
-            told = f"the model failed ({type(error).__name__}); the terminal says more"
-            job.events.put(_Failed(RuntimeError(told)))
+    def _begin(self, question: str, instead_of: Exchange | None) -> Exchange | None:
+        with self._lock:
+            if self._stop is not None:
+                return None
+            self._stop = threading.Event()
+            if instead_of in self._exchanges:
+                del self._exchanges[self._exchanges.index(instead_of) :]
+                for earlier in self._exchanges:
+                    earlier.forgotten = False  # there may be room for it again
+            about, notes = self.about, self._notes
+            exchange = Exchange(self._next_id, question, about.name, about.layers, notes=notes)
+            self._notes = []
+            self._next_id += 1
+            self._exchanges.append(exchange)
+            return exchange
+
+    def _take(self, files: Sequence[File]) -> tuple[Shown, ...]:
+        if len(files) > MAX_PICTURES:
+            raise UserError(
+                f"expected at most {MAX_PICTURES} pictures in a message, got {len(files)}; "
+                "show the others with the next one"
+            )
+        return tuple(take(name, data) for name, data in files)
+
+    def _check(self, exchange: Exchange) -> None:
+        if not exchange.question:
+            raise UserError('the question is empty; try "Describe the image."')
+        if len(exchange.question) > MAX_TEXT:
+            raise UserError(
+                f"expected at most {MAX_TEXT} characters, got {len(exchange.question)}; "
+                "ask a shorter question"
+            )
+        every = [shown for one in self._exchanges for shown in one.pictures]
+        size = sum(len(shown.data) for shown in every)
+        if len(every) > MAX_ALL_PICTURES or size > MAX_BYTES:
+            exchange.pictures = ()
+            raise UserError(
+                f"expected at most {MAX_ALL_PICTURES} pictures and {MAX_BYTES >> 20} MB in a "
+                f"conversation, got {len(every)} and {size >> 20} MB; start a new one"
+            )
+
+    def _answer(self, exchange: Exchange) -> Iterator[State]:
+        stop = self._stop or threading.Event()
+        turns, pictures = self._turns(exchange)
+        exchange.seen = (*(shown for turn in turns for shown in turn.images), *pictures)
+        question = jobs.Question(self.key, self.choice, self.system, turns, exchange.question,
+                                 pictures, self.sampling)  # fmt: skip
+        if not exchange.seen:
+            exchange.notes.append("There is no picture yet: the language model answers alone.")
+        run = self._worker.stream(lambda desk, send: jobs.answer(desk, send, question, stop))
+        shown = 0.0
+        with closing(run):
+            for event in run:
+                self._apply(exchange, event)
+                if not isinstance(event, jobs.Piece) or time.monotonic() - shown >= FRAME:
+                    shown = time.monotonic()
+                    yield self.state()
+        finish = exchange.stats["finish"] if exchange.stats else "stopped"
+        exchange.state = "stopped" if finish == "stopped" else "done"
+
+    def _apply(self, exchange: Exchange, event: Any) -> None:
+        match event:
+            case Ahead(count):
+                exchange.state, exchange.ahead = ("waiting" if count else "reading"), count
+            case jobs.Forgot(count):
+                kept = [e for e in self._exchanges if e.said and not e.forgotten]
+                for old in kept[:count]:
+                    old.forgotten = True
+                many = "exchange was" if count == 1 else f"{count} exchanges were"
+                exchange.notes.append(
+                    f"The oldest {many} forgotten, because the model's context is full. "
+                    "Pictures are still known."
+                )
+            case jobs.Piece(text):
+                exchange.state = "answering"
+                exchange.answer = (exchange.answer + text).lstrip()
+            case jobs.Answered(text, said, stats):
+                exchange.answer, exchange.said, exchange.stats = text, said, stats
+            case jobs.Looked(looks, geometries, note):
+                exchange.looks, exchange.geometries, exchange.no_looks = looks, geometries, note
+                exchange.seen = exchange.seen[: len(geometries)]  # concat shows the first ones
+                for old in [e for e in self._exchanges if e.looks][:-MAPS_KEPT]:
+                    old.thin()
+
+    def _turns(self, until: Exchange) -> tuple[tuple[Turn, ...], tuple[Shown, ...]]:
+        """What the model is told before an exchange, and the pictures to ask it with. Those of
+        what it forgot belong to what comes next."""
+        turns: list[Turn] = []
+        moved: tuple[Shown, ...] = ()
+        for exchange in self._exchanges[: self._exchanges.index(until)]:
+            if exchange.said and exchange.forgotten:
+                moved += exchange.pictures
+            elif exchange.said:
+                turns += [
+                    Turn("user", exchange.question, moved + exchange.pictures),
+                    Turn("assistant", exchange.answer),
+                ]
+                moved = ()
+        return tuple(turns), moved + until.pictures
+
+    def _find(self, id: int) -> Exchange | None:
+        return next((exchange for exchange in self._exchanges if exchange.id == id), None)
+
+    def _touch(self) -> None:
+        self._touched = time.monotonic()
 
 
-def _stream(loaded: Loaded, store: ImageStore, job: _Job) -> Iterator[Piece | Done]:
-    start = time.monotonic()
-    chat = Conversation(loaded, store=store)
-    last, first = None, 0.0
-    sampling = Sampling(max_tokens=job.max_tokens)
-    for last in chat.ask(job.question, job.image, sampling):
-        first = first or time.monotonic() - start
-        yield Piece(last.text)  # also an empty one: between two, a job can be stopped
-    (picture,) = chat.pictures()
-    words = []
-    for word in chat.word_maps():
-        shown = overlay(picture.image, word.maps[0], picture.geometry)
-        words.append(WordView(word.word, word.role, shown, word.on_image))
-    said = chat.turns[-1].text
-    yield Done(said, tuple(words), first, last.generation_tps if last else 0.0)
+def _picture(shown: Shown) -> dict[str, Any]:
+    width, height = shown.size
+    return {"id": shown.id, "name": shown.name, "width": width, "height": height,
+            "src": data_url(shown)}  # fmt: skip
+
+
+def sentence(error: Exception) -> str:
+    """An error of ours as a sentence; a file's name at its beginning stays as it is."""
+    text = str(error)
+    first = text.split(" ", 1)[0]
+    return f"{text[:1].upper() if first.isalpha() else text[:1]}{text[1:].rstrip('.')}."

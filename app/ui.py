@@ -1,157 +1,181 @@
-"""The page (Gradio 6). Everything that can be done without Gradio is in session.py."""
+"""The page (Gradio 6): its looks, what opens and closes with a tab of the browser, the server.
+
+Everything that can be done without Gradio is in session.py and below.
+"""
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read while gradio is imported
 
 import gradio as gr
-from gradio.themes import Default
-from PIL import Image
+from gradio.themes import Base
+from gradio.themes.utils.colors import Color
 
-from agevlm_mlx.data.painting import make_scene
 from agevlm_mlx.errors import UserError
-from agevlm_mlx.weights import shipped
 
-from .session import Done, Session, WordView
+from . import export, presence, tabs
+from .guard import Guard
+from .parts import QUIET, WAITING, House, facts_html, settings_of, tab_of
+from .sessions import Sessions
+from .uploads import Uploads
 
-_TITLE = "AgeVLM: see where every word looks"
-_LEGEND = (
-    "One picture for each word that names something. Bright: where the model looked when it read "
-    "the word (asked) or said it (answered); the ring marks the strongest place. The percentage is "
-    "the attention that fell on the image at all. A map shows where the model looked, not that "
-    "its answer is right."
-)
-_QUESTIONS = (
-    "Describe the image.",
-    "Is there a {}?",
-    "Where is the {}?",
-    "Is the {} big or small?",
-)
-#: Seconds after which uploads and overlays are deleted, and how often that is looked at.
-_KEEP = (3600, 600)
+TITLE = "AgeVLM: see where every word looks"
+#: Seconds between two looks for forgotten uploads, and the age at which they are deleted.
+_FORGOTTEN = (600, 3600)
 
 
-def image_file(**options: Any) -> gr.Image:
-    """An image input that gives the path of the uploaded file, unopened.
+@dataclass(frozen=True)
+class Addresses:
+    """Where the page is; no slash at the end. public: only with ``share``."""
 
-    Gradio would decode it and fail without a word on a file that is no image; our own loader
-    checks it (`Session.ask`) and says what is wrong. Replaced on the instance: Gradio writes a
-    stub file next to any module that subclasses a component.
-    """
-    image = gr.Image(type="filepath", **options)
-    image.preprocess = lambda payload: payload.path if payload else None
-    return image
+    local: str
+    public: str | None = None
 
 
-def examples(folder: Path) -> list[list[str]]:
-    """Paint example pictures into `folder`; rows of (image path, question)."""
-    rows = []
-    for number, question in enumerate(_QUESTIONS):
-        scene = make_scene(2, "test", number)
-        path = folder / f"example-{number}.png"
-        Image.fromarray(scene.image).resize((512, 512), Image.Resampling.LANCZOS).save(path)
-        rows.append([str(path), question.format(scene.nouns[-1])])
-    return rows
+def build(house: House) -> gr.Blocks:
+    """The page. Each tab of a browser that opens it gets a session of its own."""
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=_FORGOTTEN) as page:
+        header = gr.HTML(tabs.header_html(""), elem_id="header", apply_default_css=False)
+        with gr.Tabs():
+            with gr.Tab("Chat"):
+                chat = tabs.chat_tab(house, header)
+            with gr.Tab("Is it in the picture?"):
+                tabs.presence_tab(house)
+            with gr.Tab("Compare"):
+                left, right = tabs.compare_tab(house)
 
+        def opened(request: gr.Request) -> tuple[Any, ...]:
+            session = house.sessions.open(tab_of(request))
+            labels = list(house.models())
+            label, precision = house.chosen(session.choice)
+            chooser = gr.Dropdown(labels, value=label)
+            state = session.state()
+            told = tabs.header_html(state["model"]["name"]), facts_html(session.facts())
+            models = chooser, precision, chooser, precision, chooser
+            return state, *told, *models, *settings_of(session)
 
-def _caption(word: WordView) -> str:
-    said = "asked" if word.role == "user" else "answered"
-    return f"{word.word} ({said}), {100 * word.share:.0f} %"
+        def current(request: gr.Request) -> tuple[str | None, str]:
+            return house.chosen(house.session(request).choice)
 
+        def closed(request: gr.Request) -> None:
+            tab = tab_of(request)
+            house.sessions.close(tab)  # and those of Compare
+            house.uploads.forget(tab)
 
-def build(session: Session, example_rows: list[list[str]]) -> gr.Blocks:
-    """The page of one session."""
-
-    def answer(image: str | None, question: str | None) -> Iterator[tuple[Any, Any, Any]]:
-        yield "", [], ""
-        text = ""
-        try:
-            for event in session.ask(image, question or ""):
-                if isinstance(event, Done):
-                    gallery = [(word.picture, _caption(word)) for word in event.words]
-                    status = (
-                        f"First word after {1000 * event.seconds_to_first:.0f} ms, "
-                        f"{event.tokens_per_second:.0f} tokens/s"
-                    )
-                    yield event.text, gallery, status
-                else:
-                    text += event.text
-                    yield text, [], ""
-        except (UserError, RuntimeError) as error:
-            # Only sentences of our own reach the page: no path of the server's, no traceback.
-            told = str(error).replace(str(image), "the image") if image else str(error)
-            yield text, [], f"⚠ {told[:1].upper()}{told[1:]}."
-
-    own = session.path == shipped("model")
-    name = "the small one of the package" if own else f"`{session.path.name}`"
-    with gr.Blocks(title=_TITLE, analytics_enabled=False, delete_cache=_KEEP) as page:
-        gr.Markdown(f"# {_TITLE}\nModel: {name}, on this computer.")
-        with gr.Row(equal_height=False):
-            with gr.Column(scale=2):
-                image = image_file(
-                    label="Image",
-                    sources=["upload", "webcam", "clipboard"],
-                    buttons=[],
-                    height=340,
-                )
-                question = gr.Textbox(
-                    label="Question", placeholder="Is there a dog?", lines=1, max_lines=3
-                )
-                with gr.Row():
-                    ask = gr.Button("Ask", variant="primary")
-                    stop = gr.Button("Stop")
-            with gr.Column(scale=3):
-                text = gr.Textbox(label="Answer", interactive=False, lines=2)
-                status = gr.Markdown()
-                words = gr.Gallery(
-                    label="Where each word looked",
-                    columns=3,
-                    fit_columns=False,
-                    object_fit="contain",
-                    height="auto",
-                    buttons=["fullscreen"],
-                )
-                gr.Markdown(_LEGEND)
-        inputs, outputs = [image, question], [text, words, status]
-        gr.Examples(example_rows, inputs, label="Examples", cache_examples=False)
-        running = gr.on(
-            [ask.click, question.submit],
-            answer,
-            inputs,
-            outputs,
-            api_visibility="private",
-            # The model's thread takes one question at a time; more may wait for it.
-            concurrency_limit=8,
+        page.load(
+            opened,
+            None,
+            [chat.page, header, chat.facts, *chat.model, *left, right[0], *chat.settings],
+            concurrency_limit=WAITING,
+            **QUIET,
         )
-        stop.click(None, None, None, cancels=[running], api_visibility="private")
+        chat.loaded.then(current, None, list(left), **QUIET)
+        page.unload(closed)
     return page
 
 
-def serve(session: Session, *, port: int, share: bool) -> None:
-    """Show the page at 127.0.0.1 until Ctrl-C."""
+def _style() -> str:
+    return Path(__file__).with_name("frame.css").read_text(encoding="utf-8")
+
+
+def theme() -> Base:
+    """System fonts, so that no request leaves the computer; one quiet colour, that of the maps."""
+    blue = Color(
+        "#f3f5fb", "#e6eaf5", "#ccd5ea", "#a9b8db", "#8399c9", "#5f79b3",
+        "#3b528b", "#334778", "#2b3c64", "#243252", "#182138",
+    )  # fmt: skip
+    return Base(
+        primary_hue=blue,
+        secondary_hue=blue,
+        neutral_hue="zinc",
+        radius_size="lg",
+        font=["system-ui", "-apple-system", "Segoe UI", "sans-serif"],
+        font_mono=["ui-monospace", "monospace"],
+    ).set(
+        body_background_fill="white",
+        body_background_fill_dark="*neutral_900",
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_400",
+        background_fill_primary="white",
+        background_fill_primary_dark="*neutral_900",
+        background_fill_secondary="*neutral_50",
+        background_fill_secondary_dark="*neutral_800",
+        block_background_fill="white",
+        block_background_fill_dark="*neutral_900",
+        block_label_background_fill_dark="*neutral_900",
+        block_shadow="none",
+        border_color_primary_dark="*neutral_700",
+        color_accent="*primary_600",
+        input_background_fill="white",
+        input_background_fill_dark="*neutral_800",
+        input_border_width="1px",
+        input_border_width_dark="1px",
+        input_border_color="*neutral_300",
+        input_border_color_dark="*neutral_600",
+        input_border_color_focus="*primary_500",
+        input_border_color_focus_dark="*primary_400",
+        input_placeholder_color="*neutral_500",
+        input_placeholder_color_dark="*neutral_400",
+        slider_color="*primary_600",
+        slider_color_dark="*primary_400",
+        button_small_padding="6px 14px",
+        button_small_radius="*radius_md",
+        button_small_text_size="*text_sm",
+        button_secondary_background_fill="*neutral_100",
+        button_secondary_background_fill_hover="*neutral_200",
+        button_secondary_background_fill_dark="*neutral_800",
+        button_secondary_background_fill_hover_dark="*neutral_700",
+    )
+
+
+@contextmanager
+def running(
+    sessions: Sessions,
+    *,
+    port: int,
+    share: bool = False,
+    auth: Sequence[tuple[str, str]] = (),
+    extra_models: Sequence[Path] = (),
+) -> Iterator[Addresses]:
+    """The page, served in threads of its own while the block runs; `sessions` stay open.
+
+    ``UserError`` if the port is taken, or if `share` gave no address.
+    """
     with tempfile.TemporaryDirectory(prefix="agevlm-app-") as folder:
-        page = build(session, examples(Path(folder)))
-        print(f"Chat at http://127.0.0.1:{port} with {session.path}; Ctrl-C ends it.", flush=True)
+        # Where Gradio puts uploads and looks for files that it may serve.
+        os.environ["GRADIO_TEMP_DIR"] = os.environ["GRADIO_EXAMPLES_CACHE"] = folder
+        page = build(House(sessions, Uploads(Path(folder)), extra_models, listed_only=share))
         try:
-            page.launch(
-                server_name="127.0.0.1",
-                server_port=port,
-                share=share,
-                show_error=False,
-                quiet=not share,
-                max_file_size="32mb",
-                allowed_paths=[folder],
-                footer_links=[],
-                # System fonts only: no request leaves the machine.
-                theme=Default(
-                    font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
-                ),
-            )
-        except OSError as error:
-            raise UserError(f"--port: {port} is taken; pass another one ({error})") from None
+            try:
+                page.launch(
+                    server_name="127.0.0.1",
+                    server_port=port,
+                    share=share,
+                    auth=list(auth) or None,
+                    prevent_thread_lock=True,
+                    quiet=True,
+                    show_error=False,
+                    max_threads=4 * WAITING,
+                    max_file_size="32mb",
+                    footer_links=[],
+                    run_history=False,
+                    enable_monitoring=False,
+                    ssr_mode=False,
+                    mcp_server=False,
+                    pwa=False,
+                    app_kwargs={"middleware": [(Guard, (), {"share": share})]},
+                    theme=theme(),
+                    # Not as `css`: Gradio would add to every selector and drop @container.
+                    head=f"<style>{export.style()}{presence.style()}{_style()}</style>",
+                )
+            except OSError as error:
+                raise UserError(f"--port: {port} is taken; pass another one ({error})") from None
+            yield Addresses(f"http://127.0.0.1:{port}", page.share_url)
         finally:
-            page.close()
+            page.close(verbose=False)

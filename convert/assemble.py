@@ -26,11 +26,12 @@ from agevlm_mlx.config import FusionConfig, ModelConfig
 from agevlm_mlx.errors import UserError
 from agevlm_mlx.models.agevlm import AgeVLM
 from agevlm_mlx.models.projector import PROJECTORS
+from agevlm_mlx.quantization import layers_by_bits, nbytes
 from agevlm_mlx.weights import check_shapes, quantize, save_model
 
 from . import source, vision
 from .language_model import LanguageModel, open_language_model, parameters
-from .quantize import add_quantization_arguments, describe, layers_by_bits, nbytes, quantize_model
+from .quantize import add_quantization_arguments, describe, quantize_as_asked
 
 #: For a language model that was never taught to converse: plain words, no special tokens
 #: but the one that ends a text.
@@ -156,7 +157,7 @@ def run(args: argparse.Namespace) -> int:
         sizes = _sizes(model)
         settings = None
         if args.quantize:
-            settings = quantize_model(
+            settings = quantize_as_asked(
                 model, args.q_bits or 4, args.q_group_size or 64, args.q_recipe
             )
             notes.append(describe(settings, layers_by_bits(model)))

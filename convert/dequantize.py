@@ -17,10 +17,10 @@ from mlx_lm.utils import dequantize_model as mlx_lm_dequantize_model
 
 from agevlm_mlx.errors import UserError
 from agevlm_mlx.models.agevlm import AgeVLM
+from agevlm_mlx.quantization import layers_by_bits, nbytes
 from agevlm_mlx.weights import load, save_model
 
 from . import source
-from .quantize import layers_by_bits, nbytes
 from .vision import DTYPES
 
 

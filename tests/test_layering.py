@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "data": {"errors", "atomic", "config", "sam"},
     "sam": {"errors", "atomic", "config", "data"},
     "weights": {"errors", "hub", "config", "models", "data"},
+    "quantization": {"errors", "models"},
     "training": {"errors", "atomic", "config", "models", "data", "sam", "weights"},
     "evaluation": {"errors", "atomic", "config", "models", "data", "sam", "weights"},
     "benchmarking": {"errors", "config", "models", "evaluation", "generation", "openblas"},
@@ -83,7 +84,8 @@ ONLY_IN = {
     },
     "torchvision": {"agevlm_mlx/sam/teacher.py", "agevlm_mlx/sam/torchvision_ops.py"},
     "segment_anything": {"agevlm_mlx/sam/teacher.py", "agevlm_mlx/sam/torchvision_ops.py"},
-    "gradio": {"app/ui.py"},
+    "gradio": {"app/ui.py", "app/tabs.py", "app/parts.py"},
+    "webview": {"app/window.py"},
     "starlette": {"agevlm_mlx/serving/app.py"},
     "uvicorn": {"agevlm_mlx/serve.py"},
 }

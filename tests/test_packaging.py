@@ -105,7 +105,8 @@ def test_the_wheel_holds_every_file_and_no_other(wheel):
     wanted = set()
     for name, folder in SETUPTOOLS["package-dir"].items():
         if name != "agevlm_mlx":
-            wanted |= {f"{name}/{path.name}" for path in (ROOT / folder).glob("*.py")}
+            kinds = ("*.py", "*.css", "*.js")
+            wanted |= {f"{name}/{p.name}" for kind in kinds for p in (ROOT / folder).glob(kind)}
     for path in (ROOT / "agevlm_mlx").rglob("*"):
         if path.is_file() and "__pycache__" not in path.parts:
             wanted.add(path.relative_to(ROOT).as_posix())

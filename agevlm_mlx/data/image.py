@@ -10,7 +10,7 @@ import io
 import json
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -29,19 +29,24 @@ ImageSource = str | Path | bytes | Image.Image
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO")
 #: Pixels beyond which an image is refused before it is decoded.
 MAX_PIXELS = 50_000_000
+#: What an iPhone's photos are called in their first bytes.
+_HEIC = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"}
 
 
-def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def load_image(
+    source: ImageSource, *, max_pixels: int = MAX_PIXELS, name: str | None = None
+) -> Image.Image:
     """Decode an image as upright RGB.
 
     Any mode becomes 8-bit RGB (transparency over white, 16-bit and float scaled), EXIF
     rotation is applied, an animation gives its first frame. ``UserError`` for what is
-    missing, no image, truncated, empty or larger than `max_pixels`.
+    missing, no image, truncated, empty or larger than `max_pixels`; it begins with `name`
+    (default: the path, or "image").
     """
     if isinstance(source, Image.Image):
-        return _upright(source, "image", max_pixels)
-    name = "image" if isinstance(source, bytes) else str(source)
-    with _open(source, name) as image:  # closes the file, also of an animation or a damaged one
+        return _upright(source, name or "image", max_pixels)
+    name = name or ("image" if isinstance(source, bytes) else str(source))
+    with open_image(source, name) as image:  # closes the file, also of a damaged one
         return _upright(image, name, max_pixels)
 
 
@@ -56,7 +61,7 @@ def _upright(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
         )
     try:
         image = ImageOps.exif_transpose(image)
-        return _rgb(image)
+        return to_rgb(image)
     except Exception as error:  # on damaged data a decoder may raise anything
         raise UserError(f"{name}: damaged or truncated image: {one_line(error)}") from None
 
@@ -68,7 +73,28 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def _open(source: str | Path | bytes, name: str) -> Image.Image:
+def _is_heic(source: str | Path | bytes) -> bool:
+    """Whether these are the first bytes of a HEIC or HEIF photo, which Pillow cannot read."""
+    try:
+        if isinstance(source, bytes):
+            head = source[:64]
+        else:
+            with Path(source).expanduser().open("rb") as file:
+                head = file.read(64)
+    except OSError:
+        return False
+    if head[4:8] != b"ftyp":
+        return False
+    # Its own brand, a version, then the brands that it is compatible with.
+    brands = head[8 : int.from_bytes(head[:4], "big")]
+    return any(brands[at : at + 4] in _HEIC for at in range(0, len(brands), 4))
+
+
+def open_image(source: str | Path | bytes, name: str) -> Image.Image:
+    """A file as Pillow opens it, its pixels not yet read; beware of its size.
+
+    ``UserError``, which begins with `name`, for what is missing, no image, or a bomb.
+    """
     try:
         with warnings.catch_warnings():
             # Our own limit is checked right after, before any pixel is decoded.
@@ -92,30 +118,50 @@ def _open(source: str | Path | bytes, name: str) -> Image.Image:
     except PermissionError:
         raise UserError(f"{name}: not readable (permission denied)") from None
     except Exception:  # on damaged data a decoder may raise anything
+        if _is_heic(source):
+            raise UserError(f"{name}: a HEIC photo cannot be read yet; export it as JPEG") from None
         raise UserError(
             f"{name}: not an image that can be read (expected PNG, JPEG, ...)"
         ) from None
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode as 8-bit RGB: transparency over white, 16-bit and float scaled."""
     if image.mode == "RGB" and "transparency" not in image.info:
         image.load()
         return image
-    if image.mode in ("I", "F", "I;16", "I;16B", "I;16L", "I;16N"):
+    if image.mode in ("I", "F"):  # no fixed range: 8-bit, 16-bit or 0..1 numbers
         values = np.asarray(image, np.float64)
-        top = 65535.0 if image.mode != "F" else 1.0
-        if image.mode in ("I", "F"):  # no fixed range: 8-bit, 16-bit or 0..1 numbers
-            values = np.where(np.isfinite(values), values, 0)
-            peak = float(values.max())
-            top = next((t for t in (1.0, 255.0, 65535.0) if peak <= t), peak)
-            top = 255.0 if image.mode == "I" and peak <= 255 else top
-        grey = np.clip(values / top * 255, 0, 255).astype(np.uint8)
-        return Image.fromarray(grey).convert("RGB")
+        values = np.where(np.isfinite(values), values, 0)
+        peak = float(values.max())
+        top = next((t for t in (1.0, 255.0, 65535.0) if peak <= t), peak)
+        return _scaled(values, 255.0 if image.mode == "I" and peak <= 255 else top)
+    if image.mode in ("I;16", "I;16B", "I;16L", "I;16N"):
+        return _in_bands(image, lambda band: _scaled(np.asarray(band, np.float64), 65535.0))
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
+        return _in_bands(image, _over_white)
     return image.convert("RGB")
+
+
+def _scaled(values: np.ndarray, top: float) -> Image.Image:
+    return Image.fromarray(np.clip(values / top * 255, 0, 255).astype(np.uint8)).convert("RGB")
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+
+
+def _in_bands(
+    image: Image.Image, convert: Callable[[Image.Image], Image.Image], pixels: int = 4_000_000
+) -> Image.Image:
+    """`convert` some rows at a time: what it needs in between is many times the picture."""
+    whole = Image.new("RGB", image.size)
+    rows = max(1, pixels // image.width)
+    for top in range(0, image.height, rows):
+        band = image.crop((0, top, image.width, min(top + rows, image.height)))
+        whole.paste(convert(band), (0, top))
+    return whole
 
 
 @lru_cache(maxsize=64)

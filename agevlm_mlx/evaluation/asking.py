@@ -74,12 +74,8 @@ class Asker:
             R = max(len(texts[i]) for i in images)
             if not R:
                 continue
-            T = max(len(ids) for i in images for ids in texts[i])
-            ids = np.zeros((len(images) * R, T), np.int32)
-            for b, i in enumerate(images):
-                for r, row in enumerate(texts[i]):
-                    ids[b * R + r, : len(row)] = row
-            yield images, R, ids
+            rows = [[*texts[i], *[()] * (R - len(texts[i]))] for i in images]
+            yield images, R, _padded([ids for row in rows for ids in row])
 
     def _look(self, images: range, texts: int, order: np.ndarray | None) -> list[Any]:
         shown = np.arange(images.start, images.stop) if order is None else order[list(images)]
@@ -120,10 +116,7 @@ class Asker:
         for start in range(0, len(unique), 8 * self.batch_size):
             part = unique[start : start + 8 * self.batch_size]
             rows = [self.prompt(question) for question in part]
-            ids = np.zeros((len(rows), max(map(len, rows))), np.int32)
-            for n, row in enumerate(rows):
-                ids[n, : len(row)] = row
-            logits = self.model(mx.array(ids), cache=self.model.make_cache())
+            logits = self.model(mx.array(_padded(rows)), cache=self.model.make_cache())
             last = mx.array([len(row) - 1 for row in rows])
             margin, _ = self._read(logits[mx.arange(len(rows)), last])
             margins |= dict(zip(part, margin.tolist(), strict=True))
@@ -187,29 +180,41 @@ class Asker:
         return texts
 
     def log_likelihood(
-        self, prompt: str, answers: Sequence[Sequence[str]], step: Step = lambda: None
+        self,
+        prompt: str,
+        answers: Sequence[Sequence[str]],
+        order: np.ndarray | None = None,
+        step: Step = lambda: None,
     ) -> np.ndarray:
-        """Mean log-probability per token of given answers: f64[images answers]."""
-        encoded = [
-            [
-                chat.encode(self.tokenizer, (Turn("user", prompt), Turn("assistant", answer)), ())
-                for answer in row
-            ]
-            for row in answers
-        ]
+        """Mean log-probability per token of given answers: f64[images answers].
+
+        The token that ends an answer counts as one of it. `order` as in `next_logits`.
+        """
+        encoded = [[self._answered(prompt, answer) for answer in row] for row in answers]
         out = np.zeros((len(answers), len(answers[0]) if answers else 0))
         for images, R, ids in self._batches([[e.ids for e in row] for row in encoded]):
-            logits = self.model(mx.array(ids[:, :-1]), cache=self._look(images, R, None))
-            logits = logits.astype(mx.float32)
-            labels = mx.array(ids[:, 1:])
-            said = mx.take_along_axis(logits, labels[..., None], -1)[..., 0]
-            log_p = np.array(said - mx.logsumexp(logits, -1), np.float64)
+            log_p = self._log_p(ids, self._look(images, R, order))
             for b, i in enumerate(images):
                 for r, one in enumerate(encoded[i]):
-                    mask = np.asarray(one.loss_mask[1:], bool)
-                    out[i, r] = log_p[b * R + r, : len(mask)][mask].mean()
+                    out[i, r] = _mean_over_answer(log_p[b * R + r], one)
             step()
         return out
+
+    def blind_log_likelihood(self, prompt: str, answers: Sequence[str]) -> np.ndarray:
+        """The same without any image, in one pass: f64[answers]."""
+        encoded = [self._answered(prompt, answer) for answer in answers]
+        log_p = self._log_p(_padded([e.ids for e in encoded]), self.model.make_cache())
+        return np.array([_mean_over_answer(*pair) for pair in zip(log_p, encoded, strict=True)])
+
+    def _answered(self, prompt: str, answer: str) -> chat.Encoded:
+        turns = (Turn("user", prompt), Turn("assistant", answer))
+        return chat.encode(self.tokenizer, turns, ())
+
+    def _log_p(self, ids: np.ndarray, cache: list[Any]) -> np.ndarray:
+        """Log-probability of each token but the first, given those before it: f64[B T-1]."""
+        logits = self.model(mx.array(ids[:, :-1]), cache=cache).astype(mx.float32)
+        said = mx.take_along_axis(logits, mx.array(ids[:, 1:, None]), -1)[..., 0]
+        return np.array(said - mx.logsumexp(logits, -1), np.float64)
 
     def noun_maps(
         self, questions: Sequence[Sequence[tuple[str, str]]], step: Step = lambda: None
@@ -243,7 +248,8 @@ class Asker:
 
     def _place(self, question: str, noun: str) -> tuple[list[int], list[int]]:
         """Token ids of the question as asked, and the positions of the noun in them."""
-        found = re.search(rf"\b{re.escape(noun)}\b", question, re.IGNORECASE)
+        # Not \b, which finds no "C++": both ends of a word need not be letters.
+        found = re.search(rf"(?<!\w){re.escape(noun)}(?!\w)", question, re.IGNORECASE)
         if found is None:
             raise ValueError(f"{noun!r} is not in {question!r}")
         phrase = Phrase(found.group(), 0, *found.span())
@@ -254,3 +260,16 @@ class Asker:
         # The prompt's last token is guided too when training; it is not the noun.
         own = [column for column in encoded.spans[0] if column < len(prompt) - 1]
         return prompt, own
+
+
+def _padded(rows: Sequence[Ids]) -> np.ndarray:
+    """i32[rows T], each row padded on the right with 0."""
+    ids = np.zeros((len(rows), max(map(len, rows))), np.int32)
+    for n, row in enumerate(rows):
+        ids[n, : len(row)] = row
+    return ids
+
+
+def _mean_over_answer(log_p: np.ndarray, encoded: chat.Encoded) -> float:
+    mask = np.asarray(encoded.loss_mask[1:], bool)
+    return float(log_p[: len(mask)][mask].mean())

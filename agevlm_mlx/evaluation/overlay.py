@@ -60,6 +60,18 @@ def heat(attn_map: np.ndarray, geometry: Geometry, size: tuple[int, int]) -> np.
     return shown.grid_to_source(np.asarray(attn_map, np.float32))
 
 
+def levels(
+    attn_map: np.ndarray, geometry: Geometry, size: tuple[int, int], top: float
+) -> np.ndarray:
+    """`heat` as it is drawn: smooth, and 0..1 with 1 for the attention `top` -> f[h w]."""
+    values = np.clip(heat(attn_map, geometry, size) / max(top, 1e-12), 0, 1)
+    rows, columns = np.shape(attn_map)
+    side = geometry.image_size
+    down = side / rows / geometry.scale_y * size[1] / geometry.height
+    across = side / columns / geometry.scale_x * size[0] / geometry.width
+    return _smooth(values, 0.3 * down, 0.3 * across)
+
+
 def overlay(
     image: Image.Image,
     attn_map: np.ndarray,
@@ -78,8 +90,7 @@ def overlay(
     size = display_size(*image.size, tile)
     picture = np.asarray(image.resize(size, Image.Resampling.BICUBIC), np.float32)
     top = float(attn_map.max()) if top is None else top
-    values = np.clip(heat(attn_map, geometry, size) / max(top, 1e-12), 0, 1)
-    values = _smooth(values, 0.3 * tile / max(attn_map.shape))
+    values = levels(attn_map, geometry, size, top)
     # Low attention darkens and greys the picture; high attention leaves it clear under a tint.
     grey = picture.mean(-1, keepdims=True)
     dimmed = 0.45 * (0.4 * picture + 0.6 * grey) + 0.25 * colours(np.zeros(()))
@@ -103,18 +114,20 @@ def peak_point(attn_map: np.ndarray, geometry: Geometry) -> tuple[float, float]:
     return float(x), float(y)
 
 
-def _smooth(values: np.ndarray, radius: float) -> np.ndarray:
+def _smooth(values: np.ndarray, down: float, across: float) -> np.ndarray:
     """Gaussian blur by a fraction of a cell: hides the facets of bilinear interpolation.
+
+    down, across: the standard deviation along each axis, in pixels.
 
     The maximum stays what it was, so that the scale does not change.
     """
 
-    def along(length: int) -> np.ndarray:
+    def along(length: int, radius: float) -> np.ndarray:
         gap = np.arange(length)[:, None] - np.arange(length)[None]
         weights = np.exp(-0.5 * (gap / radius) ** 2)
         return weights / weights.sum(1, keepdims=True)
 
-    blurred = along(values.shape[0]) @ values @ along(values.shape[1]).T
+    blurred = along(values.shape[0], down) @ values @ along(values.shape[1], across).T
     return blurred * (float(values.max()) / max(float(blurred.max()), 1e-12))
 
 

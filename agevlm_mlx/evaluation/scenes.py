@@ -191,7 +191,7 @@ def _matching(
         )
         for i, item in enumerate(items)
     ]
-    p = asker.log_likelihood(CAPTION_PROMPT, captions, progress("matching captions"))
+    p = asker.log_likelihood(CAPTION_PROMPT, captions, step=progress("matching captions"))
     hard = np.array([bool(row[2]) for row in captions])
     for name, column, used in (
         ("matching_auroc", 1, np.ones(len(items), bool)),

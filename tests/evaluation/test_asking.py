@@ -104,19 +104,37 @@ def test_greedy_texts_equal_generation_one_by_one(loaded, images):
     assert many.answers(prompts, firsts, 6) == [[text] for text in expected]
 
 
-def test_log_likelihood_is_the_mean_over_the_answers_tokens(loaded, images):
-    many = asker(loaded, images, 3)
-    answers = [["A dog.", "A car and a strawberry."]] * 4
-    found = many.log_likelihood("Describe the image.", answers)
-    assert found.shape == (4, 2)
-    turns = (Turn("user", "Describe the image."), Turn("assistant", answers[0][1]))
+def mean_log_p(loaded: Loaded, after: Callable[[list[int]], np.ndarray], answer: str) -> float:
+    """Of the answer's tokens and the end, one pass each; `after` gives the logits after ids."""
+    turns = (Turn("user", "Describe the image."), Turn("assistant", answer))
     encoded = chat.encode(loaded.tokenizer, turns, ())
     prompt = len(chat.prompt_ids(loaded.tokenizer, turns[:1]))
     total = 0.0
     for k in range(prompt, len(encoded.ids)):
-        logits = alone(loaded, images[2], list(encoded.ids[:k]))
+        logits = after(list(encoded.ids[:k]))
         total += logits[encoded.ids[k]] - np.log(np.exp(logits).sum())
-    assert found[2, 1] == pytest.approx(total / (len(encoded.ids) - prompt), abs=1e-4)
+    return total / (len(encoded.ids) - prompt)
+
+
+@pytest.mark.parametrize("order", [None, np.array([1, 2, 3, 0])])
+def test_log_likelihood_is_the_mean_over_the_answers_tokens(loaded, images, order):
+    many = asker(loaded, images, 3)
+    answers = [["A dog.", "A car and a strawberry."]] * 4
+    found = many.log_likelihood("Describe the image.", answers, order)
+    assert found.shape == (4, 2)
+    shown = images[2 if order is None else order[2]]
+    expected = mean_log_p(loaded, lambda ids: alone(loaded, shown, ids), answers[0][1])
+    assert found[2, 1] == pytest.approx(expected, abs=1e-4)
+
+
+def test_blind_log_likelihood_is_the_language_model_alone(loaded, images):
+    answers = ["A dog.", "A car and a strawberry.", "No"]
+    found = asker(loaded, images[:1], 1).blind_log_likelihood("Describe the image.", answers)
+
+    def after(ids: list[int]) -> np.ndarray:
+        return np.array(loaded.model.language_model(mx.array([ids]))[0, -1].astype(mx.float32))
+
+    assert found == pytest.approx([mean_log_p(loaded, after, a) for a in answers], abs=1e-4)
 
 
 def test_maps_are_taken_at_the_nouns_tokens(loaded, images):
@@ -135,6 +153,15 @@ def test_maps_are_taken_at_the_nouns_tokens(loaded, images):
     mean, half = maps[1][1]
     assert np.allclose(mean, one.mean((0, 1)), atol=1e-5)
     assert np.allclose(half, one[:, : one.shape[1] // 2].mean((0, 1)), atol=1e-5)
+
+
+def test_words_that_begin_or_end_without_a_letter_have_a_place(loaded, images):
+    many = asker(loaded, images[:1], 1)
+    words = ("C++", "#1", "dog")
+    (maps,) = many.noun_maps([[(f"Is there a {word}?", word) for word in words]])
+    assert len(maps) == 3
+    with pytest.raises(ValueError, match="is not in"):
+        many.noun_maps([[("Is there a dogfish?", "dog")]])
 
 
 def test_a_tokenizer_in_which_yes_and_no_begin_alike_is_refused(loaded, images, monkeypatch):

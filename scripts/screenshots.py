@@ -1,0 +1,66 @@
+"""The two pictures of the app in the README, taken in a real browser with the shipped model.
+
+  python scripts/screenshots.py --out docs
+
+Writes app-chat.png (a word lit up on the picture) and app-presence.png (the table of "Is it in
+the picture?").
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+from playwright.sync_api import Browser, ViewportSize, expect, sync_playwright
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for what the tests in a browser share
+
+from tests.app.browsing import Chat, launch, picture, running, scene
+
+VIEW = ViewportSize(width=1280, height=800)
+
+
+def chat_picture(browser: Browser, address: str, path: Path) -> None:
+    """A question, its answer, a follow-up, and where one word of it looked."""
+    chat = Chat(browser.new_context(viewport=VIEW).new_page(), address)
+    first = chat.ask("Describe the image.", picture(scene(0), side=768))
+    chat.ask("Where is the sofa?")
+    chat.word(first, "dog").click()
+    expect(chat.page.locator("#page img.heat").first).to_be_visible()
+    chat.page.mouse.move(1, 1)
+    chat.page.screenshot(path=path, animations="disabled")
+
+
+def presence_picture(browser: Browser, address: str, path: Path) -> None:
+    """Words that are and that are not in the picture."""
+    chat = Chat(browser.new_context(viewport=VIEW).new_page(), address)
+    chat.page.get_by_role("tab", name="Is it in the picture?").click()
+    name, data = picture(scene(0), side=768)
+    chat.page.set_input_files(
+        "#presence-image input[type=file]",
+        {"name": name, "mimeType": "image/png", "buffer": data},
+    )
+    expect(chat.page.locator("#presence-image img")).to_be_visible()
+    chat.page.locator("#presence-text textarea").fill("dog, sofa, chair, pizza, key")
+    chat.page.locator("#presence-ask").click()
+    expect(chat.page.locator("#presence-out tbody tr").nth(4)).to_be_visible()
+    chat.page.screenshot(path=path, animations="disabled")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("docs"), help="folder (docs)")
+    out = parser.parse_args().out
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
+        browser = launch(playwright)
+        with running(Path(folder) / "app") as app:
+            chat_picture(browser, app.address, out / "app-chat.png")
+            presence_picture(browser, app.address, out / "app-presence.png")
+        browser.close()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,185 @@
+"""Two hundred tabs come, ask about a picture of their own and go: nothing of them stays."""
+
+import contextlib
+import gc
+import json
+import os
+import re
+import secrets
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from agevlm_mlx.sampling import Sampling
+from tests.app.browsing import SHIPPED, App, Chat, picture, running, scene
+
+pytestmark = pytest.mark.chaos
+
+TABS, SETTLED = 200, 50
+#: MB that the memory may grow by from the 50th to the 200th session. A session that stays costs
+#: more than a megabyte each (its picture and its maps), 150 in all.
+ALLOWED = 25
+
+
+def megabytes(pid: int) -> float:
+    """Memory of a process that lies in RAM."""
+    with contextlib.suppress(OSError):
+        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+        return int(re.findall(r"VmRSS:\s+(\d+) kB", status)[0]) / 1024
+    told = subprocess.run(["ps", "-o", "rss=", "-p", str(pid)], capture_output=True, text=True)
+    return int(told.stdout) / 1024
+
+
+def own_picture(number: int) -> tuple[str, bytes]:
+    """A picture that no other session has: the same file would be stored once."""
+    painted = scene(2)
+    painted.image[:4, :4] = np.frombuffer(number.to_bytes(3, "big"), np.uint8)
+    return picture(painted)
+
+
+class Tab:
+    """What the page in a tab sends, without a browser."""
+
+    def __init__(self, client: httpx.Client) -> None:
+        self.client, self.name = client, secrets.token_hex(6)
+        self.page: dict[str, Any] = client.get("config").json()
+        self.ids = {c["props"].get("elem_id"): c["id"] for c in self.page["components"]}
+        self.values = {c["id"]: c["props"].get("value") for c in self.page["components"]}
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator["Tab"]:
+        """The tab, from its first event to its last; leaving closes it."""
+        with self.client.stream("GET", f"gradio_api/heartbeat/{self.name}") as alive:
+            next(alive.iter_lines())
+            self.happen("load")
+            yield self
+
+    def happen(self, event: str, component: str | None = None) -> list[dict[str, Any]]:
+        """Run what an event (of a component) starts; what came back."""
+        (wanted,) = [
+            dependency
+            for dependency in self.page["dependencies"]
+            if any(
+                name == event and (component is None or target == self.ids[component])
+                for target, name in dependency["targets"]
+            )
+        ]
+        body = {
+            "data": [self.values[id] for id in wanted["inputs"]],
+            "fn_index": wanted["id"],
+            "session_hash": self.name,
+            "trigger_id": None,
+            "event_data": None,
+        }
+        self.client.post("gradio_api/queue/join", json=body).raise_for_status()
+        told = []
+        address = f"gradio_api/queue/data?session_hash={self.name}"
+        with self.client.stream("GET", address) as lines:
+            for line in lines.iter_lines():
+                if line.startswith("data: "):
+                    told.append(json.loads(line.removeprefix("data: ")))
+                    if told[-1]["msg"] == "process_completed":
+                        break
+        assert told[-1]["success"], told[-1]
+        return told
+
+    def ask(self, text: str, name: str, data: bytes) -> None:
+        """Upload, ask, and pull the maps of the answer's words, as the page does."""
+        files = {"files": (name, data, "image/png")}
+        (path,) = self.client.post("gradio_api/upload", files=files).json()
+        uploaded = {"path": path, "orig_name": name, "mime_type": "image/png",
+                    "meta": {"_type": "gradio.FileData"}}  # fmt: skip
+        self.values[self.ids["message"]] = {"text": text, "files": [uploaded]}
+        told = json.dumps(self.happen("submit", "message"))
+        assert '"Yes"' in told, told
+        key = re.findall(r'"key": "([^"]+)"', told)[0]
+        number = int(re.findall(r'"exchanges": \[\{"id": (\d+)', told)[0])
+        query = {"key": key, "exchange": number, "layer": None, "head": None}
+        body = {"data": query, "fn_name": "looks", "component_id": self.ids["page"],
+                "session_hash": self.name}  # fmt: skip
+        looked = self.client.post("gradio_api/component_server", json=body).json()
+        assert "house" in [word["text"] for word in looked["words"]]
+
+
+def sessions_left(app: App) -> int:
+    """How many sessions the app says are open."""
+    before = app.said.count("sessions ")
+    app.process.send_signal(signal.SIGUSR1)
+    while app.said.count("sessions ") == before:
+        time.sleep(0.05)
+    return int(re.findall(r"sessions (\d+)", app.said)[-1])
+
+
+def wait_until_all_are_closed(app: App) -> None:
+    for _ in range(400):
+        if sessions_left(app) == 0:
+            return
+        time.sleep(0.1)
+    pytest.fail(f"{sessions_left(app)} sessions stay open")
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
+    """The app, which also says how many sessions are open."""
+    script = Path(__file__).with_name("misbehaving.py")
+    with running(tmp_path_factory.mktemp("watched"), script) as app:
+        yield app
+    assert "Traceback" not in app.complained, app.complained
+
+
+def test_two_hundred_tabs_leave_nothing_behind(watched):
+    memory = {}
+    with httpx.Client(base_url=watched.address, timeout=60, trust_env=False) as client:
+        for number in range(1, TABS + 1):
+            with Tab(client).open() as tab:
+                tab.ask("Is there a house?", *own_picture(number))
+            if number in (SETTLED, TABS):
+                wait_until_all_are_closed(watched)
+                memory[number] = megabytes(watched.process.pid)
+    assert watched.temporary == [], "uploads stay"
+    assert memory[TABS] - memory[SETTLED] < ALLOWED, memory
+
+
+def test_ten_real_tabs_leave_nothing_behind(watched, new_context):
+    for number in range(10):
+        page = new_context().new_page()
+        Chat(page, watched.address).ask("Is there a house?", own_picture(TABS + number))
+        page.close()
+    wait_until_all_are_closed(watched)
+    assert watched.temporary == []
+
+
+def test_two_hundred_sessions_without_a_page():
+    from app.catalogue import Choice, load_model
+    from app.desk import Desk
+    from app.sessions import Sessions
+    from app.worker import Worker
+
+    worker = Worker(lambda: Desk(load_model))
+    memory = {}
+    try:
+        sessions = Sessions(worker, Choice(str(SHIPPED)))
+        for number in range(1, TABS + 1):
+            session = sessions.open(f"tab {number}")
+            session.sampling = Sampling(max_tokens=4)
+            *_, state = session.ask("Is there a house?", [own_picture(number)])
+            assert state["exchanges"][-1]["state"] == "done"
+            assert session.looks(state["exchanges"][-1]["id"])["words"]
+            sessions.close(f"tab {number}")
+            assert len(sessions) == 0
+            assert sessions.by_key(session.key) is None
+            if number in (SETTLED, TABS):
+                gc.collect()
+                worker.call(lambda desk: None)  # what was posted before is done
+                memory[number] = megabytes(os.getpid())
+        assert worker.call(lambda desk: len(desk._talks)) == 0
+    finally:
+        worker.close()
+    assert memory[TABS] - memory[SETTLED] < ALLOWED, memory
