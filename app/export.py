@@ -9,6 +9,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+#: What is built upon comes first.
+_SCRIPTS = ("page_parts.js", "page_sources.js", "page_exchange.js", "page_stage.js", "page.js")
 FORMAT, VERSION = "agevlm-conversation", 1
 
 #: What of an exchange and of a word is kept; anything else (the tab's key, maps) stays behind.
@@ -19,13 +21,13 @@ _FINISHED = ("done", "stopped", "failed")
 
 
 def script() -> str:
-    """page.js: defines `looking(element, host)`."""
-    return Path(__file__).with_name("page.js").read_text(encoding="utf-8")
+    """The JavaScript of the page: defines `looking(element, host)`."""
+    return "\n".join(_read(name) for name in _SCRIPTS)
 
 
 def style() -> str:
     """page.css, all of it under `.looking`."""
-    return Path(__file__).with_name("page.css").read_text(encoding="utf-8")
+    return _read("page.css")
 
 
 def document(
@@ -36,7 +38,8 @@ def document(
     """The conversation as JSON values: what was said, and where every word looked.
 
     looks: by the id of an exchange. pictures: {"id", "name", "width", "height"}; of a picture
-    the name and the size are kept, not the picture.
+    the name and the size are kept, not the picture. "looked_at" are the pictures of an exchange's
+    words, in which "picture" of a word's "peak" counts.
     """
     known = {picture["id"]: picture for picture in pictures}
     exchanges = []
@@ -45,7 +48,7 @@ def document(
         words = [{k: word[k] for k in _WORD if k in word} for word in found.get("words", ())]
         shown = [_facts(known[i]) for i in exchange["pictures"] if i in known]
         seen = [_facts(known[i]) for i in found.get("pictures", ()) if i in known]
-        kept = exchange | {"pictures": shown, "words": words, "words_looked_at": seen}
+        kept = exchange | {"pictures": shown, "words": words, "looked_at": seen}
         exchanges.append(kept | {k: found[k] for k in ("note", "threshold") if k in found})
     return {
         "format": FORMAT,
@@ -88,6 +91,10 @@ def page(
         js=js,
         data=_in_script(data),
     )
+
+
+def _read(name: str) -> str:
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
 def _exchanges(state: Mapping[str, Any]) -> list[dict[str, Any]]:

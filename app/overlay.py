@@ -39,7 +39,7 @@ def layer(attn_map: np.ndarray, geometry: Geometry, top: float, longest: int = 1
     shown.putpalette(colours(_STEPS).tobytes())
     file = io.BytesIO()
     opacity = np.round(255 * _STEPS**0.8).astype(np.uint8)
-    shown.save(file, "PNG", transparency=opacity.tobytes(), optimize=True)
+    shown.save(file, "PNG", transparency=opacity.tobytes())
     return file.getvalue()
 
 

@@ -1,6 +1,7 @@
 """What the tabs are made of: the conversation's component, choosers, sliders, pieces of HTML."""
 
 import html
+import json
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -29,9 +30,11 @@ ANSWERS: dict[str, Any] = {**QUIET, "concurrency_limit": WAITING, "concurrency_i
 #: Events that must not wait behind an answer.
 AT_ONCE: dict[str, Any] = {**QUIET, "queue": False}
 
+#: After page.js and SIDE, the name of one of several conversations of a page.
 _GLUE = """
+const root = element.querySelector(".looking");
 const ask = (name, query) => server[name]({...query, key: props.value.key});
-const view = looking(element.querySelector(".looking"), {
+const view = looking(root, {
   live: true,
   looks: (query) => ask("looks", query),
   pictures: async (ids) => {
@@ -41,7 +44,12 @@ const view = looking(element.querySelector(".looking"), {
   download: (format) => ask("download", {format}),
   send: (event, data) => trigger(event, data), // "edit", "retry", "example_select"
 });
-const show = () => { if (props.value) view.update(props.value); };
+const show = () => {
+  if (props.value) view.update(props.value);
+  if (SIDE) root.style.display = props.value?.exchanges.length ? "" : "none";
+};
+for (const part of SIDE ? root.querySelectorAll("section") : [])
+  part.ariaLabel = `${SIDE}: ${part.ariaLabel}`; // landmarks must have different names
 watch("value", show);
 show();
 """
@@ -104,8 +112,11 @@ def sentence(error: Exception) -> str:
 # --- the conversation ----------------------------------------------------------------------------
 
 
-def conversation(house: House, name: str) -> gr.HTML:
-    """The component that shows a conversation whose words light up; its value is the state."""
+def conversation(house: House, name: str, side: str = "") -> gr.HTML:
+    """The component that shows a conversation whose words light up; its value is the state.
+
+    side: what tells it from another one on the page, where an empty one is hidden.
+    """
 
     def safely(query: Any, work: Callable[[Session, dict[str, Any]], Any]) -> Any:
         """What `work` makes of the query's session, or why not, in a sentence."""
@@ -147,7 +158,7 @@ def conversation(house: House, name: str) -> gr.HTML:
 
     return gr.HTML(
         html_template="<div class='looking'></div>",
-        js_on_load=export.script() + _GLUE,
+        js_on_load=f"{export.script()}\nconst SIDE = {json.dumps(side)};{_GLUE}",
         apply_default_css=False,
         elem_id=name,
         server_functions=[looks, pictures, download],

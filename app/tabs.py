@@ -237,7 +237,7 @@ def compare_tab(house: House) -> tuple[tuple[gr.Dropdown, gr.Radio], ...]:
     with gr.Row():
         for side in ("left", "right"):
             with gr.Column():
-                pages.append(parts.conversation(house, f"compare-{side}"))
+                pages.append(parts.conversation(house, f"compare-{side}", side.capitalize()))
 
     def both(request: gr.Request) -> list[Session]:
         return [house.session(request, side) for side in ("/left", "/right")]

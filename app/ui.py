@@ -28,6 +28,12 @@ from .uploads import Uploads
 TITLE = "AgeVLM: see where every word looks"
 #: Seconds between two looks for forgotten uploads, and the age at which they are deleted.
 _FORGOTTEN = (600, 3600)
+#: Gradio's thumbnails say that they are items of a list, but they are in none.
+_REPAIRS = """
+const items = document.getElementsByClassName("thumbnail-wrapper");
+const repair = () => { for (const item of items) item.setAttribute("role", "group"); };
+new MutationObserver(repair).observe(document, {childList: true, subtree: true});
+"""
 
 
 @dataclass(frozen=True)
@@ -80,8 +86,13 @@ def build(house: House) -> gr.Blocks:
     return page
 
 
-def _style() -> str:
-    return Path(__file__).with_name("frame.css").read_text(encoding="utf-8")
+def _head() -> str:
+    """Our style sheets and what puts Gradio's own page right.
+
+    Not given to Gradio as `css`: it would add to every selector and drop @container.
+    """
+    frame = Path(__file__).with_name("frame.css").read_text(encoding="utf-8")
+    return f"<style>{export.style()}{presence.style()}{frame}</style><script>{_REPAIRS}</script>"
 
 
 def theme() -> Base:
@@ -112,6 +123,10 @@ def theme() -> Base:
         block_shadow="none",
         border_color_primary_dark="*neutral_700",
         color_accent="*primary_600",
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
+        button_primary_background_fill_dark="*primary_600",
+        button_primary_background_fill_hover_dark="*primary_700",
         input_background_fill="white",
         input_background_fill_dark="*neutral_800",
         input_border_width="1px",
@@ -171,8 +186,7 @@ def running(
                     pwa=False,
                     app_kwargs={"middleware": [(Guard, (), {"share": share})]},
                     theme=theme(),
-                    # Not as `css`: Gradio would add to every selector and drop @container.
-                    head=f"<style>{export.style()}{presence.style()}{_style()}</style>",
+                    head=_head(),
                 )
             except OSError as error:
                 raise UserError(f"--port: {port} is taken; pass another one ({error})") from None

@@ -5,10 +5,14 @@ Gradio stores an upload under a hash of its content, so that two tabs can have t
 
 import contextlib
 import threading
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
 from agevlm_mlx.errors import UserError
+
+#: Seconds after which an upload that no tab said it has is taken for forgotten.
+FORGOTTEN = 60
 
 
 class Uploads:
@@ -21,7 +25,7 @@ class Uploads:
 
     def note(self, tab: str, paths: Iterable[str]) -> None:
         """`tab` has these files; others than uploads are ignored."""
-        ours = {path for path in map(Path, paths) if self._inside(path)}
+        ours = {path.resolve() for path in map(Path, paths) if self._inside(path)}
         if ours:
             with self._lock:
                 self._tabs.setdefault(tab, set()).update(ours)
@@ -41,13 +45,16 @@ class Uploads:
         return files
 
     def forget(self, tab: str) -> None:
-        """`tab` is closed: delete what no other tab has."""
+        """`tab` is closed: delete what no other tab has, and what no tab ever had."""
         with self._lock:
             gone = self._tabs.pop(tab, set())
-            for path in gone.difference(*self._tabs.values()):
-                path.unlink(missing_ok=True)
-                with contextlib.suppress(OSError):  # others may be in it
-                    path.parent.rmdir()
+            kept = set[Path]().union(*self._tabs.values())
+            old = time.time() - FORGOTTEN
+            for path in self._folder.glob("*/*"):
+                with contextlib.suppress(OSError):  # another may have deleted it
+                    if path not in kept and (path in gone or path.stat().st_mtime < old):
+                        path.unlink()
+                        path.parent.rmdir()
 
     def _inside(self, path: Path) -> bool:
         return path.resolve().is_relative_to(self._folder)

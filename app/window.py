@@ -1,5 +1,7 @@
 """The page in a native window (pywebview) instead of a browser."""
 
+import signal
+
 from agevlm_mlx.errors import UserError, one_line
 
 
@@ -12,9 +14,11 @@ def show(url: str) -> None:
 
     # Without it the conversation's downloads are dropped without a word.
     webview.settings["ALLOW_DOWNLOADS"] = True
-    webview.create_window(
+    opened = webview.create_window(
         "AgeVLM", url, width=1280, height=900, min_size=(480, 480), text_select=True, zoomable=True
     )
+    # What a signal raises would be raised within the window's own loop, which cannot unwind.
+    before = signal.signal(signal.SIGTERM, lambda *_: opened and opened.destroy())
     try:
         webview.start(private_mode=True)  # nothing stays on the disk
     except webview.WebViewException as error:
@@ -22,3 +26,5 @@ def show(url: str) -> None:
             f"--window: cannot open one here: {one_line(error)} Without --window it is a page for "
             "the browser"
         ) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)

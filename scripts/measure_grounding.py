@@ -27,8 +27,9 @@ from agevlm_mlx.data.scene_texts import presence_question
 from agevlm_mlx.evaluation import metrics
 from agevlm_mlx.evaluation.asking import Asker
 from agevlm_mlx.evaluation.grounding import NOT_GROUNDED
+from agevlm_mlx.evaluation.overlay import WordMap
 from agevlm_mlx.evaluation.scene_folder import SceneFolder, SceneItem, read_scene_folder
-from agevlm_mlx.evaluation.words import WordMap, word_maps
+from agevlm_mlx.evaluation.words import word_maps
 from agevlm_mlx.image_store import ImageStore
 from agevlm_mlx.prompts import begin, read
 from agevlm_mlx.sampling import Sampling

@@ -120,9 +120,17 @@ def test_damaged_and_missing_files(saved, tmp_path):
         damage(broken / "model.safetensors")
         with pytest.raises(UserError, match=message):
             weights.load(broken)
+    for content in ("{nope", "{}"):
+        (folder / "tokenizer.json").write_text(content)
+        with pytest.raises(UserError, match=r"its tokenizer cannot be read \(.*; take tokenizer"):
+            weights.load(folder)
     (folder / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"no tokenizer\.json"):
         weights.load(folder)
+    for content in ("[]", "{}", '{"weight_map": 3}'):
+        (folder / "model.safetensors.index.json").write_text(content)
+        with pytest.raises(UserError, match="expected a weight_map of tensor names to files"):
+            weights.load(folder)
 
 
 def test_an_index_cannot_point_outside_the_folder(saved):

@@ -29,6 +29,8 @@ ImageSource = str | Path | bytes | Image.Image
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO")
 #: Pixels beyond which an image is refused before it is decoded.
 MAX_PIXELS = 50_000_000
+#: Pixels that are converted to RGB at a time.
+_BAND = 4_000_000
 #: What an iPhone's photos are called in their first bytes.
 _HEIC = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"}
 
@@ -152,12 +154,10 @@ def _over_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
 
 
-def _in_bands(
-    image: Image.Image, convert: Callable[[Image.Image], Image.Image], pixels: int = 4_000_000
-) -> Image.Image:
+def _in_bands(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
     """`convert` some rows at a time: what it needs in between is many times the picture."""
     whole = Image.new("RGB", image.size)
-    rows = max(1, pixels // image.width)
+    rows = max(1, _BAND // image.width)
     for top in range(0, image.height, rows):
         band = image.crop((0, top, image.width, min(top + rows, image.height)))
         whole.paste(convert(band), (0, top))

@@ -55,12 +55,12 @@ class TokenAttention:
 NOT_GROUNDED = 0.26
 #: The same for a person who sees such a mark.
 NOT_GROUNDED_MEANS = (
-    "A word is marked as not grounded when its grounding score is below 0.26. On 200 embedded test "
-    "scenes that marks 41 % of the absent things a question asks for, but only 11 % of the absent "
-    "things the shipped model says by itself, and 1 to 2 % of what is there. So a mark is a reason "
-    "to look twice; no mark proves nothing, least of all in an answer, where looking hardly tells "
-    "the invented from the real. Asking for the word in “Is it in the picture?” tells more. "
-    "For other models the threshold is not calibrated."
+    f"A word is marked as not grounded when its grounding score is below {NOT_GROUNDED}. On 200 "
+    "embedded test scenes that marks 41 % of the absent things a question asks for, but only 11 % "
+    "of the absent things the shipped model says by itself, and 1 to 2 % of what is there. So a "
+    "mark is a reason to look twice; no mark proves nothing, least of all in an answer, where "
+    "looking hardly tells the invented from the real. Asking for the word in “Is it in the "
+    "picture?” tells more. For other models the threshold is not calibrated."
 )
 
 

@@ -7,6 +7,7 @@ A map lives on the token grid of what the model was given; the picture is the us
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -121,14 +122,17 @@ def _smooth(values: np.ndarray, down: float, across: float) -> np.ndarray:
 
     The maximum stays what it was, so that the scale does not change.
     """
-
-    def along(length: int, radius: float) -> np.ndarray:
-        gap = np.arange(length)[:, None] - np.arange(length)[None]
-        weights = np.exp(-0.5 * (gap / radius) ** 2)
-        return weights / weights.sum(1, keepdims=True)
-
-    blurred = along(values.shape[0], down) @ values @ along(values.shape[1], across).T
+    rows, columns = values.shape
+    blurred = _blur(rows, down) @ values @ _blur(columns, across).T
     return blurred * (float(values.max()) / max(float(blurred.max()), 1e-12))
+
+
+@lru_cache(maxsize=8)
+def _blur(length: int, radius: float) -> np.ndarray:
+    """f32[length length]: the share of each pixel (column) in each blurred one (row)."""
+    gap = np.arange(length)[:, None] - np.arange(length)[None]
+    weights = np.exp(-0.5 * (gap / radius) ** 2)
+    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
 
 
 def _mark(

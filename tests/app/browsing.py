@@ -152,7 +152,7 @@ class Chat:
 
     def ready(self) -> None:
         """Wait until a question can be asked."""
-        expect(self.page.locator("#page .looking")).to_be_visible()
+        expect(self.page.locator("#page .example").first).to_be_visible()
         expect(self.box).to_be_enabled()
 
     @property

@@ -384,7 +384,9 @@ def test_an_answer_grows_can_be_stopped_and_the_next_question_works(misbehaving,
     assert seen[-1] == whole
     for less, more in itertools.pairwise(seen):
         assert more.startswith(less), (less, more)
-    exchange = chat.send("Slowly now. Describe the image.")
+    chat.page.locator("#new").click()
+    expect(chat.exchanges).to_have_count(0)
+    exchange = chat.send("Slowly now. Describe the image.", picture(scene(0)))
     expect(exchange).to_have_attribute("data-state", "answering")
     expect(exchange.locator(".answered")).to_contain_text(re.compile(r"\w"))
     chat.page.locator("#stop").click()

@@ -81,7 +81,7 @@ def test_the_document_has_words_and_no_pictures():
     (one,) = told["exchanges"]
     assert one["words"] == [{k: v for k, v in WORD.items() if k != "layers"}]
     assert one["pictures"] == [{"name": "</script>.png", "width": 40, "height": 30}]
-    assert [picture["name"] for picture in one["words_looked_at"]] == ["</script>.png", "two.png"]
+    assert [picture["name"] for picture in one["looked_at"]] == ["</script>.png", "two.png"]
     assert one["threshold"] == 0.2
     assert one["stats"] == {"tokens": 3}
     text = json.dumps(told)

@@ -239,20 +239,27 @@ class FakeWebview(types.ModuleType):
     class WebViewException(Exception):
         pass
 
-    def __init__(self, error: str = "") -> None:
+    def __init__(self, error: str = "", kill: bool = False) -> None:
         super().__init__("webview")
+        self.destroyed, self._kill = 0, kill
         self.settings = {"ALLOW_DOWNLOADS": False}
         self.windows: list[tuple[Any, ...]] = []
         self.started: list[dict[str, Any]] = []
         self._error = error
 
-    def create_window(self, title: str, url: str, **options: Any) -> None:
+    def create_window(self, title: str, url: str, **options: Any) -> Any:
         self.windows.append((title, url, options))
+        return self
+
+    def destroy(self) -> None:
+        self.destroyed += 1
 
     def start(self, **options: Any) -> None:
         if self._error:
             raise self.WebViewException(self._error)
         assert threading.current_thread() is threading.main_thread()
+        if self._kill:
+            os.kill(os.getpid(), signal.SIGTERM)
         self.started.append(options | {"downloads": self.settings["ALLOW_DOWNLOADS"]})
 
 
@@ -267,6 +274,14 @@ def test_closing_the_window_ends_the_app(page, monkeypatch, capsys):
     assert "closing the window ends it" in capsys.readouterr().out
     assert page.closed
     assert models() == []
+
+
+def test_a_kind_kill_closes_the_window(page, monkeypatch):
+    webview = FakeWebview(kill=True)
+    monkeypatch.setitem(sys.modules, "webview", webview)
+    assert command.main(["--window"]) == 0
+    assert webview.destroyed == 1
+    assert page.closed
 
 
 def test_a_computer_without_windows(monkeypatch):

@@ -25,8 +25,9 @@ _FRAME = """
 <!doctype html><html lang="en"><head><meta charset="utf-8"><title>Page</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>
 body { margin: 0; padding: 12px; background: #ffffff; }
-body.dark { background: #111318; color: #f3f4f6; --body-text-color: #f3f4f6; --background-fill-primary: #111318;
-  --background-fill-secondary: #1d2027; --border-color-primary: #3f4452; }
+body.dark { background: #111318; color: #f3f4f6; --body-text-color: #f3f4f6;
+  --background-fill-primary: #111318; --background-fill-secondary: #1d2027;
+  --border-color-primary: #3f4452; }
 button, input, select { all: revert; border: 3px solid red; padding: 20px; min-width: 90px; }
 %s</style></head><body><main><h1>Page</h1><div class="looking"></div></main></body></html>
 """
@@ -101,9 +102,12 @@ def words(text: str, role: str, pictures: int = 1) -> list[dict[str, Any]]:
 def looks(exchange: dict[str, Any], pictures: tuple[str, ...] = ("p-0",)) -> dict[str, Any]:
     n = len(pictures)
     found = words(exchange["question"], "user", n) + words(exchange["answer"], "assistant", n)
-    return {"exchange": exchange["id"], "pictures": list(pictures), "note": None, "words": found} | {
-        "threshold": 0.2
-    }
+    return {
+        "exchange": exchange["id"],
+        "pictures": list(pictures),
+        "note": None,
+        "words": found,
+    } | {"threshold": 0.2}
 
 
 def exchange(number: int, question: str, answer: str = "", **more: Any) -> dict[str, Any]:
@@ -244,9 +248,12 @@ def test_the_same_state_again_touches_nothing(shown):
     expect(shown.word("Yes", 2)).to_be_visible()
     expect(shown.page.locator("figure img.plain")).to_be_visible()
     shown.page.evaluate(
-        """() => { window.changes = []; new MutationObserver((all) => changes.push(...all.map(
-        (one) => one.type + " " + one.target.className))).observe(document.querySelector(".looking"),
-        {subtree: true, childList: true, characterData: true}); }"""
+        """() => {
+          window.changes = [];
+          const note = (all) => changes.push(...all.map((one) => one.target.className));
+          const everything = {subtree: true, childList: true, characterData: true};
+          new MutationObserver(note).observe(document.querySelector(".looking"), everything);
+        }"""
     )
     shown.show(state(FIRST, exchange(2, "And the house?", "Yes.")))
     shown.page.wait_for_timeout(50)
@@ -293,7 +300,9 @@ def test_what_an_answer_took(shown):
 
 def test_a_failed_exchange_and_notes(shown):
     told = "photo.jpg: expected a picture, got a text; send a PNG or JPEG"
-    failed = exchange(1, "What?", state="failed", error=told, notes=["big.jpg: reduced"], stats=None)
+    failed = exchange(
+        1, "What?", state="failed", error=told, notes=["big.jpg: reduced"], stats=None
+    )
     shown.show(state(failed))
     expect(shown.page.get_by_role("alert")).to_have_text(told)
     expect(shown.turn(1).locator(".note").first).to_have_text("big.jpg: reduced")
@@ -339,7 +348,8 @@ def test_the_peak_stands_where_the_word_looked(shown):
     shown.word("dog").click()
     picture = shown.page.locator("img.plain").bounding_box()
     map_box, peak = shown.heat().bounding_box(), shown.page.locator(".peak").bounding_box()
-    assert picture and peak
+    assert picture
+    assert peak
     for side in ("x", "y", "width", "height"):
         assert map_box[side] == pytest.approx(picture[side], abs=0.5)
     assert picture["width"] / picture["height"] == pytest.approx(4 / 3, abs=0.01)
@@ -380,9 +390,10 @@ def test_up_and_down_go_to_the_word_above_or_below(shown):
     shown.show(state(exchange(1, "What?", long)))
     shown.word("word2").focus()
     shown.page.keyboard.press("ArrowDown")
-    first, second = (shown.word(w).bounding_box() for w in ("word2", "word0"))
+    first = shown.word("word2").bounding_box()
     below = shown.page.locator(".word:focus").bounding_box()
-    assert first and second and below
+    assert first is not None
+    assert below is not None
     assert below["y"] > first["y"]
     assert abs(below["x"] - first["x"]) < 50
     shown.page.keyboard.press("ArrowUp")
@@ -508,7 +519,9 @@ def test_several_pictures_and_the_strongest(shown):
     second["words"][-1]["layers"][0] = None
     shown.show(state(FIRST, both), x2=second)
     shown.word("dog", 2).click()
-    expect(shown.page.locator("figure")).to_have_count(2)
+    expect(shown.page.locator("figure .name")).to_have_text(
+        ["1. kitchen.png", "2. <img src=x onerror=boom()>.png"]
+    )
     expect(shown.heat("p-0")).to_be_hidden()
     expect(shown.heat("p-1")).to_be_visible()
     expect(shown.page.locator("figure.strongest")).to_have_attribute("data-id", "p-1")
@@ -553,7 +566,7 @@ def test_retry_and_example(shown):
     expect(example.locator("img")).to_be_visible()
     example.click()
     shown.show(state(FIRST))
-    expect(example).to_have_count(0) if example.count() == 0 else expect(example).to_be_hidden()
+    expect(example).to_be_hidden()
     shown.turn(1).locator(".retry").click()
     assert shown.log("sent") == [["example_select", {"id": "e0"}], ["retry", {"exchange": 1}]]
 
@@ -609,7 +622,7 @@ HOSTILE = {
     "markup": "<img src=x onerror=boom()> <b>bold</b> </script><script>boom()</script> &amp; ${1}",
     "markdown": "# Head\n* **bold** [a](javascript:boom()) `code` ![x](https://example.org/x.png)",
     "right to left": "הכלב ליד הבית, لا قطة (dog) \u202eevil\u202c",
-    "emoji": "🦊🐕‍🦺 dog 👩🏽‍🚀 house 𝔡𝔬𝔤 cat",
+    "emoji": "🦊🐕‍🦺 dog 👩🏽‍🚀 house \U0001d521\U0001d52c\U0001d524 cat",
     "spaces": "  dog\n\n\tdog  \u2028 dog\x00 ",
     "long": "dog " * 2500,
     "one long word": "d" * 10_000,
@@ -621,7 +634,8 @@ HOSTILE = {
 def test_any_text_stays_text(shown, name):
     text = HOSTILE[name]
     shown.page.evaluate("() => { window.boom = () => { window.harmed = true; }; }")
-    growing = exchange(1, text, text, state="answering", pictures=["p-1"], notes=[text])
+    more = {"pictures": ["p-1"], "notes": [text], "model": text}
+    growing = exchange(1, text, text, state="answering", **more)
     shown.show(state(growing, busy=True))
     shown.show(state(growing | {"state": "done"}))
     expect(shown.turn(1).locator(".answered .word").first).to_be_visible()
@@ -635,8 +649,7 @@ def test_any_text_stays_text(shown, name):
     expect(shown.caption).to_contain_text("(answered)")
     assert not shown.page.evaluate("window.harmed ?? false")
     assert shown.page.locator(".looking").locator("script, b, a").count() == 0
-    width = shown.page.evaluate("document.documentElement.scrollWidth")
-    assert width <= 1200
+    assert fits(shown)
 
 
 def test_a_right_to_left_text_moves_the_other_way(shown):
@@ -663,6 +676,14 @@ def scroll(shown: Shown) -> tuple[float, float]:
         "log => [log.scrollTop, log.scrollHeight - log.clientHeight]"
     )
     return top, room
+
+
+def fits(shown: Shown) -> bool:
+    """Nothing has to be scrolled sideways."""
+    return shown.page.evaluate(
+        """() => [document.documentElement, document.querySelector(".log")]
+        .every((node) => node.scrollWidth <= node.clientWidth)"""
+    )
 
 
 def test_scrolls_along_only_for_a_reader_at_the_end(shown):
@@ -733,8 +754,11 @@ def test_a_narrow_screen(open_live, pictures):
     dog = shown.word("dog").first
     dog.click()
     expect(shown.heat(pictures[0])).to_be_visible()
-    assert shown.page.evaluate("document.documentElement.scrollWidth") <= 375
-    box, picture = shown.page.locator(".log").bounding_box(), shown.page.locator(".view").bounding_box()
+    assert fits(shown)
+    box, picture = (
+        shown.page.locator(".log").bounding_box(),
+        shown.page.locator(".view").bounding_box(),
+    )
     assert picture["y"] + picture["height"] <= box["y"], "the picture stands above"
     # A word must not move away from the finger that points at it.
     place = dog.bounding_box()
@@ -742,7 +766,7 @@ def test_a_narrow_screen(open_live, pictures):
     shown.page.keyboard.press("Escape")
     assert dog.bounding_box() == place
     shown.show(state())
-    assert shown.page.evaluate("document.documentElement.scrollWidth") <= 375
+    assert fits(shown)
 
 
 def test_large_text_breaks_nothing(open_live):
@@ -750,7 +774,9 @@ def test_large_text_breaks_nothing(open_live):
     shown.page.evaluate("document.documentElement.style.fontSize = '200%'")
     shown.show(state(FIRST))
     expect(shown.word("dog")).to_be_visible()
-    assert shown.page.evaluate("document.documentElement.scrollWidth") <= 640
+    assert fits(shown)
+    shown.show(state())
+    assert fits(shown)
 
 
 # --- the exported page ---------------------------------------------------------------------------
@@ -780,7 +806,10 @@ def test_the_exported_page_opens_from_disk(open_page, tmp_path, scheme):
     expect(shown.word("dog", 2)).to_have_class(re.compile(r"\bungrounded\b"))
     for name in ("edit", "retry", "copy", "download-json", "layer", "head", "example"):
         assert shown.page.locator(f".{name}").count() == 0
-    dark = shown.page.evaluate("getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)"
+    dark = (
+        shown.page.evaluate("getComputedStyle(document.body).backgroundColor")
+        != "rgb(255, 255, 255)"
+    )
     assert dark == (scheme == "dark")
     # Axe is a script of its own, which the page's policy refuses: a copy without the policy.
     policy = r'<meta http-equiv="Content-Security-Policy"[^>]*>'
@@ -798,7 +827,8 @@ def test_the_exported_page_may_ask_nobody(open_page, tmp_path):
     refused = shown.page.evaluate(
         """async () => {
           const told = [];
-          document.addEventListener("securitypolicyviolation", (e) => told.push(e.effectiveDirective));
+          const note = (refused) => told.push(refused.effectiveDirective);
+          document.addEventListener("securitypolicyviolation", note);
           await fetch("https://example.org/").catch(() => {});
           document.body.append(Object.assign(new Image(), {src: "https://example.org/x.png"}));
           const script = document.createElement("script");
@@ -821,4 +851,4 @@ def test_the_exported_page_on_a_narrow_screen(open_page, tmp_path):
     file.write_text(exported(), encoding="utf-8")
     shown = open_page(address=file.as_uri(), viewport={"width": 375, "height": 700})
     expect(shown.word("dog", 2)).to_be_visible()
-    assert shown.page.evaluate("document.documentElement.scrollWidth") <= 375
+    assert fits(shown)

@@ -15,6 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from agevlm_mlx.data import image as image_module
 from agevlm_mlx.data.image import Preprocessor, load_image
 from agevlm_mlx.errors import UserError
 
@@ -156,6 +157,54 @@ def test_what_cannot_be_read_is_one_line(
         load_image(path)
     assert name in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def ftyp(*brands: bytes) -> bytes:
+    """The first bytes of a file of the MPEG-4 family: its brand, and those it goes with."""
+    body = b"ftyp" + brands[0] + bytes(4) + b"".join(brands[1:])
+    return struct.pack(">I", 4 + len(body)) + body + b"heic" * 20
+
+
+@pytest.mark.parametrize("brands", [(b"heic",), (b"mif1", b"mif1", b"heix"), (b"msf1", b"hevc")])
+def test_a_heic_photo_is_recognised_whatever_it_is_called(
+    tmp_path: Path, brands: tuple[bytes, ...]
+) -> None:
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(ftyp(*brands))
+    said = "a HEIC photo cannot be read yet; export it as JPEG"
+    for source, name in ((path, str(path)), (path.read_bytes(), "image")):
+        with pytest.raises(UserError) as caught:
+            load_image(source)
+        assert str(caught.value) == f"{name}: {said}"
+
+
+@pytest.mark.parametrize("brands", [(b"avif", b"mif1"), (b"mp42", b"isom"), (b"mif1",)])
+def test_other_files_of_its_family_are_not_called_heic(brands: tuple[bytes, ...]) -> None:
+    with pytest.raises(UserError, match=r"not an image that can be read|damaged"):
+        load_image(ftyp(*brands))
+
+
+def test_an_error_begins_with_the_name_that_is_asked_for() -> None:
+    for source in (b"words", encoded(ramp("RGB"))[:60], Image.new("RGB", (0, 3))):
+        with pytest.raises(UserError, match=r"^holiday\.png: "):
+            load_image(source, name="holiday.png")
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P", "I;16"])
+def test_bands_do_not_show(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    """What is converted some rows at a time is what would be converted at once."""
+    values = np.random.default_rng(2).integers(0, 65536, (23, 7, 4), np.uint16)
+    if mode == "I;16":
+        image = Image.fromarray(values[..., 0])
+    else:
+        image = Image.fromarray((values >> 8).astype(np.uint8)).convert("RGBA")
+        image = image.convert("RGB").convert("P") if mode in ("P", "PA") else image
+        image = image.convert(mode)
+    if mode == "P":
+        image.info["transparency"] = bytes(range(0, 250, 2))
+    whole = np.asarray(load_image(image))
+    monkeypatch.setattr(image_module, "_BAND", 15)  # two rows
+    np.testing.assert_array_equal(np.asarray(load_image(image)), whole)
 
 
 @pytest.mark.parametrize("content", ["whole", "animation", "cut"])

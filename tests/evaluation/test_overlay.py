@@ -79,6 +79,22 @@ def test_a_shared_scale_leaves_a_weaker_map_dark():
     assert own > 150 > shared.max()
 
 
+@pytest.mark.parametrize("resize", ["pad", "crop", "stretch"])
+def test_the_blur_is_a_fraction_of_a_cell_whatever_its_shape(resize: str):
+    """A lone cell stays lone: its light does not reach the next but one."""
+    geometry = Preprocessor(image_size=48, resize=resize).geometry(600, 200)  # pyright: ignore[reportArgumentType]
+    attn_map = np.zeros(GRID, np.float32)
+    attn_map[3, 3] = 0.5
+    size = overlay.display_size(600, 200, 288)
+    levels = overlay.levels(attn_map, geometry, size, 0.5)
+    assert levels.shape == (96, 288)
+    assert 0.9 < levels.max() <= 1
+    rows, columns = np.nonzero(levels > 0.02)
+    cell = 8 / geometry.scale_x * 288 / 600, 8 / geometry.scale_y * 96 / 200
+    assert 1.5 < (columns.max() - columns.min()) / cell[0] < 3.2
+    assert 1.5 < (rows.max() - rows.min()) / cell[1] < 3.2
+
+
 def test_the_map_does_not_change_the_callers_picture():
     image = Image.new("RGB", (60, 60), (140, 140, 140))
     geometry, attn_map, _ = placed(60, 60, "pad", 30, 30)
