@@ -331,7 +331,7 @@ function looking(element, host) {
     }
     judge();
     showWord();
-    if (atEnd) log.scrollTop = log.scrollHeight;
+    if (atEnd && state.exchanges.length) log.scrollTop = log.scrollHeight;
   }
 
   function update(next) {

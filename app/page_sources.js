@@ -13,7 +13,7 @@ function gallery(host, changed) {
     let found = [];
     try {
       const told = await host.pictures(missing);
-      if (Array.isArray(told)) found = told;
+      if (Array.isArray(told)) found = told.filter((picture) => picture?.src);
     } catch {
       // Tried again with a later update, three times in all.
     }

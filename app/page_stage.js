@@ -7,7 +7,7 @@ function stageView(live, on) {
   const caption = make("p.caption", { role: "status", "aria-live": "polite" });
   const scale = make(
     "div.scale", { "aria-hidden": "true" },
-    make("span", {}, "little attention"), make("span.bar"), make("span", {}, "the word's most"),
+    make("span", {}, "little attention"), make("span.bar"), make("span", {}, "most attention"),
   );
   const slider = (name, label, value, act) => {
     const output = make("output");

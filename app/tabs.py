@@ -105,7 +105,7 @@ def chat_tab(house: House, header: gr.HTML) -> Chat:
             files = house.files(request, [*asked["files"], photo])
             parts.tune(session, settings)
         except UserError as error:
-            gr.Warning(sentence(error))
+            yield unchanged(error, 4)
             return
         before, first = session.state(), True
         for shown in answered(session, session.ask(asked["text"] or "", files)):
@@ -121,7 +121,7 @@ def chat_tab(house: House, header: gr.HTML) -> Chat:
             try:
                 parts.tune(session, settings)
             except UserError as error:
-                gr.Warning(sentence(error))
+                yield unchanged(error, 2)
                 return
             yield from answered(session, ask(session, event))
 
@@ -159,6 +159,13 @@ def chat_tab(house: House, header: gr.HTML) -> Chat:
     parts.note_uploads(house, photo)
     loaded = load.click(load_model, [*model], [loading, facts, header, page], **ANSWERS)
     return Chat(page, model, facts, settings, loaded)
+
+
+def unchanged(error: UserError, outputs: int) -> tuple[Any, ...]:
+    """Say what is wrong over the page, and leave the components as they are: a handler that
+    yields nothing would empty them."""
+    gr.Warning(sentence(error))
+    return (gr.skip(),) * outputs
 
 
 def taken(before: dict[str, Any], first: dict[str, Any]) -> bool:
@@ -248,7 +255,7 @@ def compare_tab(house: House) -> tuple[tuple[gr.Dropdown, gr.Radio], ...]:
             files = house.files(request, asked["files"])
             choices = [house.choice(request, *models[:2]), house.choice(request, *models[2:])]
         except UserError as error:
-            gr.Warning(sentence(error))
+            yield unchanged(error, 5)
             return
         sessions, shown = both(request), [gr.skip(), gr.skip()]
         running, told = gr.Button(interactive=True), ""

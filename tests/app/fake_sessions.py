@@ -2,7 +2,6 @@
 
 import secrets
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,7 +18,6 @@ STATS = {
     "tokens": 4,
     "tokens_per_second": 210.0,
     "prompt_tokens": 12,
-    "prompt_known": 0,
     "image_bytes": 393216,
     "finish": "stop",
 }
@@ -30,22 +28,25 @@ class FakeSession:
 
     def __init__(self, choice: Choice, pause: float) -> None:
         self.key = secrets.token_urlsafe(8)
-        self.choice, self.sampling, self.system = choice, Sampling(), None
+        self.choice, self.sampling, self.system = choice, Sampling(), ""
         self.asked: list[tuple[str, list[tuple[str, bytes]]]] = []
-        self.closed = False
+        self.busy = False
         self._pause, self._stopped = pause, threading.Event()
         self._exchanges: list[dict[str, Any]] = []
 
     def state(self) -> dict[str, Any]:
         return {
             "key": self.key,
-            "busy": False,
+            "busy": self.busy,
             "model": {"name": self.choice.source or "the shipped model", "layers": [1], "heads": 4},
             "examples": [{"id": "e0", "question": "Is there a dog?"}],
             "exchanges": [dict(exchange) for exchange in self._exchanges],
         }
 
     def ask(self, text: str, files: list[tuple[str, bytes]]) -> Iterator[dict[str, Any]]:
+        if self.busy:
+            yield self.state()
+            return
         self.asked.append((text, list(files)))
         self._stopped.clear()
         exchange = {
@@ -61,20 +62,24 @@ class FakeSession:
             "stats": None,
         }
         self._exchanges.append(exchange)
-        if not text:
+        self.busy = True
+        try:
+            yield from self._answer(exchange)
+        finally:
+            self.busy = False
+        yield self.state()
+
+    def _answer(self, exchange: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        if not exchange["question"]:
             exchange |= {"state": "failed", "error": "The question is empty."}
-            yield self.state()
             return
         for piece in ANSWER:
             yield self.state()
-            if self._stopped.is_set():
+            if self._stopped.wait(self._pause):
                 exchange["state"] = "stopped"
-                yield self.state()
                 return
-            time.sleep(self._pause)
             exchange["answer"] += piece
         exchange |= {"state": "done", "stats": STATS}
-        yield self.state()
 
     def edit(self, exchange: int, text: str) -> Iterator[dict[str, Any]]:
         self._exchanges = [e for e in self._exchanges if e["id"] < exchange]
@@ -99,7 +104,6 @@ class FakeSession:
         if choice.source == "missing":
             raise UserError("missing: expected a checkpoint folder, got nothing")
         for step in (0.0, 0.5, 1.0):
-            time.sleep(self._pause)
             yield step, "reading weights"
         self.choice = choice
 
@@ -109,8 +113,10 @@ class FakeSession:
     def looks(
         self, exchange: int, layer: int | None = None, head: int | None = None
     ) -> dict[str, Any]:
-        if exchange < 0:
+        if exchange == 13:
             raise RuntimeError("the model failed")
+        if exchange == 14:
+            raise KeyError("/a/path/of/the/server")
         return {
             "exchange": exchange,
             "pictures": [],
@@ -118,6 +124,14 @@ class FakeSession:
             "threshold": 0.2,
             "words": [],
         }
+
+    def presence(self, text: str, file: tuple[str, bytes] | None) -> Iterator[str]:
+        if not text:
+            raise UserError("text: expected words, got nothing")
+        for word in text.split(","):
+            yield f"<table><tr><td>{word}</td><td>{file and file[0]}</td></tr></table>"
+            if self._stopped.wait(self._pause):
+                return
 
     def pictures(self, ids: list[str]) -> list[dict[str, Any]]:
         return []
@@ -134,7 +148,6 @@ class FakeSessions:
 
     def __init__(self, pause: float = 0.0) -> None:
         self.tabs: dict[str, FakeSession] = {}
-        self.closed: list[str] = []
         self._pause = pause
 
     def open(self, tab: str) -> FakeSession:
@@ -145,9 +158,8 @@ class FakeSessions:
         return self.tabs.get(tab) or self.open(tab)
 
     def close(self, tab: str) -> None:
-        self.closed.append(tab)
-        if session := self.tabs.pop(tab, None):
-            session.stop()
+        for name in [name for name in self.tabs if name == tab or name.startswith(f"{tab}/")]:
+            self.tabs.pop(name).stop()
 
     def by_key(self, key: str) -> FakeSession | None:
         return next((s for s in self.tabs.values() if s.key == key), None)

@@ -1,6 +1,7 @@
 """What the page in a tab of a browser sends, without a browser."""
 
 import contextlib
+import copy
 import json
 import secrets
 from collections.abc import Iterator
@@ -59,9 +60,13 @@ class Tab:
                         break
         assert told[-1]["success"], told[-1]
         # The first holds everything, those after it what is new, the last one everything again.
-        said = [message for message in told if message["msg"] == "process_generating"]
-        for message in (*said[:1], told[-1]):
-            self._keep(wanted, message["output"]["data"])
+        sent: list[Any] = []
+        for message in told:
+            if message["msg"] == "process_generating":
+                data = message["output"]["data"]
+                sent = [_changed(*pair) for pair in zip(sent, data, strict=True)] if sent else data
+                self._keep(wanted, copy.deepcopy(sent))
+        self._keep(wanted, told[-1]["output"]["data"])
         return told
 
     def upload(self, name: str, data: bytes) -> dict[str, Any]:
@@ -101,3 +106,23 @@ class Tab:
             if isinstance(value, dict) and value.get("__type__") == "update":
                 value = value.get("value", self.values[id])
             self.values[id] = value
+
+
+def _changed(value: Any, changes: list[Any]) -> Any:
+    """A value after Gradio's list of [what is done, path, new part]."""
+    for done, path, part in changes:
+        if not path:
+            value = value + part if done == "append" else part
+            continue
+        place = value
+        for step in path[:-1]:
+            place = place[step]
+        if done == "append":
+            place[path[-1]] += part
+        elif done == "delete":
+            del place[path[-1]]
+        elif isinstance(place, list) and done == "add":
+            place.insert(path[-1], part)
+        else:
+            place[path[-1]] = part
+    return value

@@ -2,16 +2,13 @@
 
 import contextlib
 import gc
-import json
 import os
 import re
-import secrets
 import signal
 import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import numpy as np
@@ -19,10 +16,11 @@ import pytest
 
 from agevlm_mlx.sampling import Sampling
 from tests.app.browsing import SHIPPED, App, Chat, picture, running, scene
+from tests.app.tab import Tab
 
 pytestmark = pytest.mark.chaos
 
-TABS, SETTLED = 200, 50
+TABS, SETTLED = 20, 5
 #: MB that the memory may grow by from the 50th to the 200th session. A session that stays costs
 #: more than a megabyte each (its picture and its maps), 150 in all.
 ALLOWED = 25
@@ -44,68 +42,16 @@ def own_picture(number: int) -> tuple[str, bytes]:
     return picture(painted)
 
 
-class Tab:
-    """What the page in a tab sends, without a browser."""
-
-    def __init__(self, client: httpx.Client) -> None:
-        self.client, self.name = client, secrets.token_hex(6)
-        self.page: dict[str, Any] = client.get("config").json()
-        self.ids = {c["props"].get("elem_id"): c["id"] for c in self.page["components"]}
-        self.values = {c["id"]: c["props"].get("value") for c in self.page["components"]}
-
-    @contextlib.contextmanager
-    def open(self) -> Iterator["Tab"]:
-        """The tab, from its first event to its last; leaving closes it."""
-        with self.client.stream("GET", f"gradio_api/heartbeat/{self.name}") as alive:
-            next(alive.iter_lines())
-            self.happen("load")
-            yield self
-
-    def happen(self, event: str, component: str | None = None) -> list[dict[str, Any]]:
-        """Run what an event (of a component) starts; what came back."""
-        (wanted,) = [
-            dependency
-            for dependency in self.page["dependencies"]
-            if any(
-                name == event and (component is None or target == self.ids[component])
-                for target, name in dependency["targets"]
-            )
-        ]
-        body = {
-            "data": [self.values[id] for id in wanted["inputs"]],
-            "fn_index": wanted["id"],
-            "session_hash": self.name,
-            "trigger_id": None,
-            "event_data": None,
-        }
-        self.client.post("gradio_api/queue/join", json=body).raise_for_status()
-        told = []
-        address = f"gradio_api/queue/data?session_hash={self.name}"
-        with self.client.stream("GET", address) as lines:
-            for line in lines.iter_lines():
-                if line.startswith("data: "):
-                    told.append(json.loads(line.removeprefix("data: ")))
-                    if told[-1]["msg"] == "process_completed":
-                        break
-        assert told[-1]["success"], told[-1]
-        return told
-
-    def ask(self, text: str, name: str, data: bytes) -> None:
-        """Upload, ask, and pull the maps of the answer's words, as the page does."""
-        files = {"files": (name, data, "image/png")}
-        (path,) = self.client.post("gradio_api/upload", files=files).json()
-        uploaded = {"path": path, "orig_name": name, "mime_type": "image/png",
-                    "meta": {"_type": "gradio.FileData"}}  # fmt: skip
-        self.values[self.ids["message"]] = {"text": text, "files": [uploaded]}
-        told = json.dumps(self.happen("submit", "message"))
-        assert '"Yes"' in told, told
-        key = re.findall(r'"key": "([^"]+)"', told)[0]
-        number = int(re.findall(r'"exchanges": \[\{"id": (\d+)', told)[0])
-        query = {"key": key, "exchange": number, "layer": None, "head": None}
-        body = {"data": query, "fn_name": "looks", "component_id": self.ids["page"],
-                "session_hash": self.name}  # fmt: skip
-        looked = self.client.post("gradio_api/component_server", json=body).json()
-        assert "house" in [word["text"] for word in looked["words"]]
+def converse(tab: Tab, number: int) -> None:
+    """Upload, ask, and pull the maps of the answer's words, as the page does."""
+    shown = tab.upload(*own_picture(number))
+    tab["message"] = {"text": "Is there a house?", "files": [shown]}
+    tab.happen("submit", "message")
+    state = tab["page"]
+    assert state["exchanges"][-1]["answer"] == "Yes", state
+    query = {"key": state["key"], "exchange": state["exchanges"][-1]["id"]}
+    looked = tab.serve("page", "looks", query)
+    assert "house" in [word["text"] for word in looked["words"]]
 
 
 def sessions_left(app: App) -> int:

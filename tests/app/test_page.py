@@ -765,8 +765,11 @@ def test_a_narrow_screen(open_live, pictures):
     clear(shown)
     shown.page.keyboard.press("Escape")
     assert dog.bounding_box() == place
-    shown.show(state())
+    many = [{"id": "e0", "question": "Is there a dog?"} for n in range(6)]
+    shown.show(state(examples=many))
+    expect(shown.page.locator(".example")).to_have_count(6)
     assert fits(shown)
+    assert scroll(shown) == (0, 0), "examples do not scroll in themselves"
 
 
 def test_large_text_breaks_nothing(open_live):
