@@ -17,7 +17,8 @@ from .pictures import Shown
 class Exchange:
     """One question of a tab and what became of it.
 
-    layers: the numbers of the model's looking layers. state: waiting, reading, answering, done,
+    layers: the numbers of the model's looking layers. unread: whether its pictures could not be
+    read. state: waiting, reading, answering, done,
     stopped or failed. said: whether the model is told of it later; forgotten: not any more, for
     want of room. seen: the pictures that `looks` has maps of, in their order.
     """
@@ -27,6 +28,7 @@ class Exchange:
     model: str
     layers: tuple[int, ...]
     pictures: tuple[Shown, ...] = ()
+    unread: bool = False
     answer: str = ""
     state: str = "waiting"
     ahead: int = 0

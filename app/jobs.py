@@ -102,8 +102,8 @@ def answer(desk: Desk, send: Send, question: Question, stopped: threading.Event)
 
     Setting `stopped` ends the answer; what was said so far stays. Raises as `Conversation.ask`.
     """
-    start = time.monotonic()
     talk = desk.talk(question.key, question.choice, question.system)
+    start = time.monotonic()
     chat = talk.conversation
     asked = Turn("user", question.text, question.pictures)
     seen, known, seconds = _look(talk, (*question.turns, asked))
@@ -114,14 +114,14 @@ def answer(desk: Desk, send: Send, question: Question, stopped: threading.Event)
     gone, images = chat.make_room(question.text, sights, room)
     if gone:
         send(Forgot(gone))
-    last, first = None, None
+    last: Response | None = None
+    times: list[float] = []  # of the first and the newest token
     pieces: Any = chat.ask(question.text, images, question.sampling)
     try:
         while not stopped.is_set() and (piece := next(pieces, None)) is not None:
-            if first is None:
-                first = time.monotonic() - start
             last = piece
-            send(Piece(last.text))
+            times = [*times[:1], time.monotonic() - start]
+            send(Piece(piece.text))
     finally:
         pieces.close()
     stats: dict[str, Any] = {
@@ -129,7 +129,7 @@ def answer(desk: Desk, send: Send, question: Question, stopped: threading.Event)
         "images_seen": seen,
         "images_known": known,
         "image_bytes": sum({s.key: s.seen.nbytes for s in _sights(chat)}.values()),
-        **_figures(last, first),
+        **_figures(last, times),
     }
     said = last is not None
     send(Answered(chat.turns[-1].text if said else "", said, stats))
@@ -167,14 +167,16 @@ def _sights(chat: Conversation) -> list[Sight]:
     return [source for source in chat.image_sources if isinstance(source, Sight)]
 
 
-def _figures(last: Response | None, first: float | None) -> dict[str, Any]:
+def _figures(last: Response | None, times: Sequence[float]) -> dict[str, Any]:
+    """What an answer took; the rate is that of the tokens after the first one."""
     if last is None:
         return {"first_ms": None, "tokens": 0, "tokens_per_second": None, "prompt_tokens": 0,
                 "finish": "stopped"}  # fmt: skip
+    tokens, taken = last.generation_tokens, times[-1] - times[0]
     return {
-        "first_ms": None if first is None else 1000 * first,
-        "tokens": last.generation_tokens,
-        "tokens_per_second": last.generation_tps,
+        "first_ms": 1000 * times[0],
+        "tokens": tokens,
+        "tokens_per_second": (tokens - 1) / taken if tokens > 1 and taken > 0 else None,
         "prompt_tokens": last.prompt_tokens,
         "finish": last.finish_reason or "stopped",
     }
@@ -188,4 +190,11 @@ def _looks(chat: Conversation) -> Looked:
         looks = tuple(chat.looks())
     except UserError as error:
         return Looked(note=str(error).removeprefix("words: "))
-    return Looked(looks, tuple(sight.geometry for sight in sights))
+    shown = looks[0].values.shape[2] if looks else 0
+    return Looked(
+        looks,
+        tuple(sight.geometry for sight in sights[:shown]),
+        "A model with fusion 'concat' can show only pictures of the first message."
+        if 0 < shown < len(sights)
+        else None,
+    )

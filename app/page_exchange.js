@@ -22,7 +22,9 @@ function exchangeView(live, on) {
     copy.textContent = (await copyText(shown.answer)) ? "Copied" : "Could not copy";
     setTimeout(() => (copy.textContent = "Copy"), 1600);
   });
-  const actions = live ? make("div.actions", {}, edit, retry, copy) : "";
+  const check = button("check", "Check", () => on.send("check", { exchange: shown.id }));
+  check.title = "Ask for each word of the answer by itself: is it in the picture?";
+  const actions = live ? make("div.actions", {}, edit, retry, check, copy) : "";
   const question = make("div.question", {}, make("span.unseen", {}, "Question: "), thumbs, asked);
   const answer = make(
     "div.answer", {}, make("span.unseen", {}, "Answer: "), progress, answered, mark,
@@ -149,8 +151,9 @@ function exchangeView(live, on) {
     if (failed) {
       say(pull.firstChild, context.view.error || "It could not be read where the words looked.");
     }
-    for (const one of [edit, retry, copy]) one.disabled = busy;
+    for (const one of [edit, retry, check, copy]) one.disabled = busy;
     copy.hidden = !exchange.answer;
+    check.hidden = !exchange.answer || !context.view?.looks?.pictures?.length;
     drawThumbs(context.gallery);
   }
 

@@ -42,11 +42,11 @@ const view = looking(root, {
     return Array.isArray(found) ? found : [];
   },
   download: (format) => ask("download", {format}),
-  send: (event, data) => trigger(event, data), // "edit", "retry", "example_select"
+  send: (event, data) => trigger(event, data), // "edit", "retry", "check", "example_select"
 });
 const show = () => {
   if (props.value) view.update(props.value);
-  if (SIDE) root.style.display = props.value?.exchanges.length ? "" : "none";
+  if (SIDE) root.style.display = props.value?.exchanges?.length ? "" : "none";
 };
 for (const part of SIDE ? root.querySelectorAll("section") : [])
   part.ariaLabel = `${SIDE}: ${part.ariaLabel}`; // landmarks must have different names

@@ -47,7 +47,7 @@ class Shown:
 
     id: str
     name: str
-    data: bytes
+    data: bytes = field(repr=False)
     size: tuple[int, int]
     note: str | None = None
     _urls: dict[int, str] = field(default_factory=dict, repr=False)

@@ -5,7 +5,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from typing import Any
 
 from agevlm_mlx.data.image import load_image
@@ -16,10 +16,11 @@ from agevlm_mlx.sampling import Sampling
 
 from . import export, jobs, presence
 from .catalogue import Choice, told
+from .desk import Desk
 from .exchange import Exchange
 from .jobs import About
 from .pictures import Shown, data_url, take
-from .worker import Ahead, Worker
+from .worker import Ahead, Send, Stream, Worker
 
 #: Characters of a question, pictures of a message and of a conversation, and their bytes.
 MAX_TEXT, MAX_PICTURES, MAX_ALL_PICTURES, MAX_BYTES = 8000, 8, 32, 256 << 20
@@ -59,7 +60,11 @@ class Session:
         self._next_id = 1
         self._notes = list(notes)
         self._lock = threading.Lock()
+        #: Of the answer that is being made: set to end it, and what comes of it.
         self._stop: threading.Event | None = None
+        self._stream: Stream | None = None
+        self._closed = False
+        self._working = 0
         self._touched = time.monotonic()
 
     # --- what the page shows -----------------------------------------------------------------
@@ -70,8 +75,8 @@ class Session:
         return self._stop is not None
 
     def idle(self) -> float:
-        """Seconds since anyone asked for anything; 0 while a question is being answered."""
-        return 0.0 if self.busy else time.monotonic() - self._touched
+        """Seconds since anyone asked for anything; 0 while something is being done."""
+        return 0.0 if self.busy or self._working else time.monotonic() - self._touched
 
     def state(self) -> State:
         """Everything that the page shows but pictures and maps; JSON values."""
@@ -89,7 +94,8 @@ class Session:
         self._touch()
         own = {shown.id: shown for exchange in self._exchanges for shown in exchange.pictures}
         own |= {shown.id: shown for _, shown in self._examples}
-        return [_picture(own[name]) for name in ids if name in own]
+        wanted = dict.fromkeys(name for name in ids if isinstance(name, str))
+        return [_picture(own[name]) for name in wanted if name in own]
 
     def looks(
         self, exchange: int, layer: int | None = None, head: int | None = None
@@ -99,7 +105,7 @@ class Session:
         self._touch()
         found = self._find(exchange)
         if found is None or not found.ended:
-            return {"exchange": exchange, "pictures": [], "words": [], "note": "No such answer."}
+            return {"exchange": None, "pictures": [], "words": [], "note": "No such answer."}
         return found.where(layer, head)
 
     def facts(self) -> dict[str, str]:
@@ -125,7 +131,7 @@ class Session:
         found = self._find(exchange)
         if found is None:
             return iter([self.state()])
-        return self._ask(text, lambda: found.pictures, found)
+        return self._ask(text, lambda: _pictures_of(found), found)
 
     def retry(self, exchange: int) -> Iterator[State]:
         """Ask a question again; what came after it is dropped."""
@@ -134,15 +140,20 @@ class Session:
 
     def stop(self) -> None:
         """End the answer that is being made, if any; what was said so far stays."""
-        if stop := self._stop:
-            stop.set()
+        with self._lock:
+            if self._stop is not None:
+                self._stop.set()
+            # Before its first word the model is not waited for: it may be reading for long.
+            if self._stream is not None and not any(e.answer for e in self._exchanges[-1:]):
+                self._stream.close()
 
     def reset(self) -> State:
         """Forget the conversation and its pictures."""
         self.stop()
         with self._lock:
             self._exchanges = []
-        self._worker.post(lambda desk: desk.forget(self.key))
+            # Under the lock: no question of now may come after it.
+            self._worker.post(lambda desk: desk.forget(self.key))
         self._touch()
         return self.state()
 
@@ -151,38 +162,58 @@ class Session:
 
         Raises ``UserError`` or ``RuntimeError``, with the model as it was.
         """
-        self._touch()
-        try:
-            for event in self._worker.stream(lambda desk, send: jobs.load(desk, send, choice)):
-                if isinstance(event, About):
-                    self.choice, self.about = choice, event
-                elif isinstance(event, Ahead):
-                    yield 0.0, f"waiting, {event.count} before" if event.count else "loading"
-                else:
-                    yield event.part, event.step
-        except UserError as error:
-            raise UserError(told(error, choice)) from None
-        self._worker.post(lambda desk: desk.forget(self.key))
+        with self._at_work(lambda desk, send: jobs.load(desk, send, choice)) as events:
+            try:
+                for event in events:
+                    if isinstance(event, About):
+                        self.choice, self.about = choice, event
+                    elif isinstance(event, Ahead):
+                        yield 0.0, f"waiting, {event.count} before" if event.count else "loading"
+                    else:
+                        yield event.part, event.step
+            except UserError as error:
+                raise UserError(told(error, choice)) from None
 
-    def presence(self, text: str, file: File | None = None) -> Iterator[str]:
-        """Ask about a picture word by word (None: the last one of the conversation): the table
-        as it grows, as HTML. Raises ``UserError`` and ``RuntimeError``."""
-        self._touch()
-        shown = take(*file) if file else self._last_picture()
-        picture = load_image(shown.data)
-        choice = self.choice
-        run = self._worker.stream(
+    def answer(self, exchange: int) -> str:
+        """The text of an answer; empty for one that there is not."""
+        found = self._find(exchange)
+        return found.answer if found else ""
+
+    def presence(
+        self, text: str, file: File | None = None, exchange: int | None = None
+    ) -> Iterator[str]:
+        """Ask about a picture word by word: the table as it grows, as HTML.
+
+        The picture is that of `file`, or the last one that an exchange was about (None: of the
+        conversation). Raises ``UserError`` and ``RuntimeError``.
+        """
+        shown = take(*file) if file else self._last_picture(exchange)
+        picture, choice = load_image(shown.data), self.choice
+        with self._at_work(
             lambda desk, send: jobs.examine(desk, send, choice, shown.data, text)
-        )
-        with closing(run):
-            for event in run:
+        ) as events:
+            for event in events:
                 if isinstance(event, Examined):
                     yield presence.table(event, picture)
 
-    def _last_picture(self) -> Shown:
-        for exchange in reversed(self._exchanges):
-            if exchange.pictures:
-                return exchange.pictures[-1]
+    @contextmanager
+    def _at_work(self, job: Callable[[Desk, Send], None]) -> Iterator[Stream]:
+        """What a job sends; meanwhile the conversation is not idle."""
+        with self._lock:
+            self._working += 1
+        try:
+            with closing(self._worker.stream(job)) as events:
+                yield events
+        finally:
+            with self._lock:
+                self._working -= 1
+            self._touch()
+
+    def _last_picture(self, exchange: int | None) -> Shown:
+        found = None if exchange is None else self._find(exchange)
+        for one in [found] if found else reversed(self._exchanges):
+            if pictures := one.seen or one.pictures:
+                return pictures[-1]
         raise UserError("expected a picture; drop one here, or show one in the chat first")
 
     def export_json(self) -> str:
@@ -204,7 +235,8 @@ class Session:
         return self.pictures([s.id for e in list(self._exchanges) for s in e.pictures])
 
     def close(self) -> None:
-        """Stop what is under way and let go of the model's side of the conversation."""
+        """Stop what is under way and let go of everything; nothing can be asked any more."""
+        self._closed = True
         self.reset()
 
     def _ask(
@@ -213,29 +245,36 @@ class Session:
         pictures: Callable[[], tuple[Shown, ...]],
         instead_of: Exchange | None = None,
     ) -> Iterator[State]:
-        exchange = self._begin(text.strip(), instead_of)
-        if exchange is None:  # another question is being answered
+        stop = threading.Event()
+        exchange = self._begin(text, instead_of, stop)
+        if exchange is None:  # another question is being answered, or the tab is closed
             yield self.state()
             return
         try:
+            exchange.unread = True
             exchange.pictures = pictures()
+            exchange.unread = False
             exchange.notes += [shown.note for shown in exchange.pictures if shown.note]
             self._check(exchange)
-            yield from self._answer(exchange)
+            yield from self._answer(exchange, stop)
         except (UserError, RuntimeError) as error:
             exchange.state, exchange.error = "failed", sentence(error)
         finally:
             if exchange.state in ("waiting", "reading", "answering"):
-                exchange.state = "stopped"  # nobody waited for its end
+                exchange.state = "stopped"
             self._stop = None
             self._touch()
         yield self.state()
 
-    def _begin(self, question: str, instead_of: Exchange | None) -> Exchange | None:
+    def _begin(
+        self, text: str, instead_of: Exchange | None, stop: threading.Event
+    ) -> Exchange | None:
+        # Half of a surrogate pair can be in what a browser sends, but in no JSON or UTF-8.
+        question = text.encode("utf-8", "replace").decode().strip()
         with self._lock:
-            if self._stop is not None:
+            if self._stop is not None or self._closed:
                 return None
-            self._stop = threading.Event()
+            self._stop = stop
             if instead_of in self._exchanges:
                 del self._exchanges[self._exchanges.index(instead_of) :]
                 for earlier in self._exchanges:
@@ -272,24 +311,31 @@ class Session:
                 f"conversation, got {len(every)} and {size >> 20} MB; start a new one"
             )
 
-    def _answer(self, exchange: Exchange) -> Iterator[State]:
-        stop = self._stop or threading.Event()
-        turns, pictures = self._turns(exchange)
-        exchange.seen = (*(shown for turn in turns for shown in turn.images), *pictures)
-        question = jobs.Question(self.key, self.choice, self.system, turns, exchange.question,
-                                 pictures, self.sampling)  # fmt: skip
-        if not exchange.seen:
-            exchange.notes.append("There is no picture yet: the language model answers alone.")
-        run = self._worker.stream(lambda desk, send: jobs.answer(desk, send, question, stop))
+    def _answer(self, exchange: Exchange, stop: threading.Event) -> Iterator[State]:
+        with self._lock:
+            if stop.is_set():  # perhaps the exchange is none of the conversation any more
+                return
+            turns, pictures = self._turns(exchange)
+            exchange.seen = (*(shown for turn in turns for shown in turn.images), *pictures)
+            if not exchange.seen:
+                exchange.notes.append("There is no picture yet: the language model answers alone.")
+            question = jobs.Question(self.key, self.choice, self.system, turns, exchange.question,
+                                     pictures, self.sampling)  # fmt: skip
+            self._stream = self._worker.stream(
+                lambda desk, send: jobs.answer(desk, send, question, stop)
+            )
         shown = 0.0
-        with closing(run):
-            for event in run:
+        try:
+            for event in self._stream:
                 self._apply(exchange, event)
                 if not isinstance(event, jobs.Piece) or time.monotonic() - shown >= FRAME:
                     shown = time.monotonic()
                     yield self.state()
-        finish = exchange.stats["finish"] if exchange.stats else "stopped"
-        exchange.state = "stopped" if finish == "stopped" else "done"
+        finally:
+            self._stream.close()
+            self._stream = None
+        if exchange.stats and exchange.stats["finish"] != "stopped":
+            exchange.state = "done"
 
     def _apply(self, exchange: Exchange, event: Any) -> None:
         match event:
@@ -336,6 +382,13 @@ class Session:
 
     def _touch(self) -> None:
         self._touched = time.monotonic()
+
+
+def _pictures_of(exchange: Exchange) -> tuple[Shown, ...]:
+    """The pictures that an exchange was to show."""
+    if exchange.unread:
+        raise UserError("its pictures could not be read; ask anew, with others")
+    return exchange.pictures
 
 
 def _picture(shown: Shown) -> dict[str, Any]:

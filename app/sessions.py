@@ -106,13 +106,14 @@ class Sessions:
     def free_idle(self) -> None:
         """Free the conversations in which nothing was asked for too long."""
         with self._lock:
-            idle = [name for name, s in self._tabs.items() if s.idle() > self._idle]
+            idle = {name: s for name, s in self._tabs.items() if s.idle() > self._idle}
             for name in idle:
+                del self._tabs[name]
                 self._freed[name] = None
             while len(self._freed) > _FREED:
                 self._freed.popitem(last=False)
-        for name in idle:
-            self.close(name)
+        for session in idle.values():
+            session.close()
 
     def close_all(self) -> None:
         """Free everything."""

@@ -14,6 +14,13 @@ from . import parts
 from .parts import ANSWERS, AT_ONCE, House, sentence
 from .session import Session
 
+#: The second tab of the page, and how a script goes there.
+PRESENCE = "Is it in the picture?"
+_TO_PRESENCE = f"""() => {{
+  const tabs = [...document.querySelectorAll("button[role=tab]")];
+  tabs.find((tab) => tab.textContent.trim() === {json.dumps(PRESENCE)})?.click();
+  return [];
+}}"""
 EMPTY = {"text": "", "files": []}
 #: What can be asked, to try it.
 _TRIES = ("dog, house, fish", "a red car", "A big blue bird is on the left.")
@@ -90,12 +97,6 @@ def chat_tab(house: House, header: gr.HTML) -> Chat:
             facts = gr.HTML(elem_id="facts")
         settings = parts.setting_controls()
 
-    def answered(session: Session, states: Iterator[Any]) -> Iterator[tuple[Any, Any]]:
-        """(page, stop button) while an answer grows, and as they are when it has ended."""
-        for state in states:
-            yield state, gr.Button(interactive=True)
-        yield session.state(), gr.Button(interactive=session.busy)
-
     def send(
         request: gr.Request, asked: dict[str, Any], photo: str | None, *settings: Any
     ) -> Iterator[tuple[Any, ...]]:
@@ -112,20 +113,6 @@ def chat_tab(house: House, header: gr.HTML) -> Chat:
             emptied = first and taken(before, shown[0])
             yield *shown, *((EMPTY, None) if emptied else (gr.skip(), gr.skip()))
             first = False
-
-    def again(ask: Callable[[Session, Any], Iterator[Any]]) -> Callable[..., Iterator[Any]]:
-        """A handler of an event of the page that asks something in its place."""
-
-        def handle(event: gr.EventData, request: gr.Request, *settings: Any) -> Iterator[Any]:
-            session = house.session(request)
-            try:
-                parts.tune(session, settings)
-            except UserError as error:
-                yield unchanged(error, 2)
-                return
-            yield from answered(session, ask(session, event))
-
-        return handle
 
     def halt(request: gr.Request) -> None:
         house.session(request).stop()
@@ -147,18 +134,46 @@ def chat_tab(house: House, header: gr.HTML) -> Chat:
         yield "", parts.facts_html(session.facts()), header_html(state["model"]["name"]), state
 
     message.submit(send, [message, photo, *settings], [page, stop, message, photo], **ANSWERS)
-    edit = again(lambda session, event: session.edit(event.exchange, event.text))
-    page.edit(edit, settings, [page, stop], **ANSWERS)
-    retry = again(lambda session, event: session.retry(event.exchange))
-    page.retry(retry, settings, [page, stop], **ANSWERS)
-    example = again(lambda session, event: session.example(event.id))
-    page.example_select(example, settings, [page, stop], **ANSWERS)
+    asked_again(house, page, stop, settings)
     stop.click(halt, **AT_ONCE)
     new.click(reset, None, [page, message, photo], **AT_ONCE)
     parts.note_uploads(house, message)
     parts.note_uploads(house, photo)
     loaded = load.click(load_model, [*model], [loading, facts, header, page], **ANSWERS)
     return Chat(page, model, facts, settings, loaded)
+
+
+def answered(session: Session, states: Iterator[Any]) -> Iterator[tuple[Any, Any]]:
+    """(page, stop button) while an answer grows, and as they are when it has ended."""
+    for state in states:
+        yield state, gr.Button(interactive=True)
+    yield session.state(), gr.Button(interactive=session.busy)
+
+
+def asked_again(
+    house: House, page: gr.HTML, stop: gr.Button, settings: list[Any], side: str = ""
+) -> None:
+    """What the buttons in a conversation do: edit a question, ask it again, ask an example."""
+    asks: dict[str, Callable[[Session, Any], Iterator[Any]]] = {
+        "edit": lambda session, event: session.edit(event.exchange, event.text),
+        "retry": lambda session, event: session.retry(event.exchange),
+        "example_select": lambda session, event: session.example(event.id),
+    }
+
+    def handler(ask: Callable[[Session, Any], Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+        def handle(event: gr.EventData, request: gr.Request, *settings: Any) -> Iterator[Any]:
+            session = house.session(request, side)
+            try:
+                parts.tune(session, settings)
+            except UserError as error:
+                yield unchanged(error, 2)
+                return
+            yield from answered(session, ask(session, event))
+
+        return handle
+
+    for name, ask in asks.items():
+        getattr(page, name)(handler(ask), settings, [page, stop], **ANSWERS)
 
 
 def unchanged(error: UserError, outputs: int) -> tuple[Any, ...]:
@@ -175,7 +190,17 @@ def taken(before: dict[str, Any], first: dict[str, Any]) -> bool:
     return bool(new) and new[-1]["state"] != "failed"
 
 
-def presence_tab(house: House) -> None:
+@dataclass(frozen=True)
+class Presence:
+    """The components of the second tab that "Check" fills."""
+
+    image: gr.Image
+    text: gr.Textbox
+    out: gr.HTML
+    stop: gr.Button
+
+
+def presence_tab(house: House) -> Presence:
     """Which of some words, and whether a sentence, fits a picture."""
     with gr.Row():
         with gr.Column(scale=2):
@@ -203,16 +228,13 @@ def presence_tab(house: House) -> None:
     out = gr.HTML(elem_id="presence-out", apply_default_css=False)
 
     def look(request: gr.Request, text: str | None, path: str | None) -> Iterator[tuple[Any, Any]]:
-        running = gr.Button(interactive=True)
-        yield parts.progress_bar(None, "looking"), running
-        try:
+        session = house.session(request)
+
+        def tables() -> Iterator[str]:
             files = house.files(request, [path])
-            tables = house.session(request).presence(text or "", files[0] if files else None)
-            for table in tables:
-                yield table, running
-        except (UserError, RuntimeError) as error:
-            yield parts.told_html(sentence(error)), running
-        yield gr.skip(), gr.Button(interactive=False)
+            return session.presence(text or "", files[0] if files else None)
+
+        yield from looked(tables)
 
     asking = gr.on([ask.click, text.submit], look, [text, image], [out, stop], **ANSWERS)
     # Closing the handler's generator ends the work.
@@ -224,95 +246,32 @@ def presence_tab(house: House) -> None:
         **AT_ONCE,
     )
     parts.note_uploads(house, image)
+    return Presence(image, text, out, stop)
 
 
-def compare_tab(house: House) -> tuple[tuple[gr.Dropdown, gr.Radio], ...]:
-    """The same question to two models, one after the other; their choosers."""
-    choosers = []
-    with gr.Row():
-        for side, precision in (("left", "As stored"), ("right", "4 bits")):
-            names = f"compare-{side}-model", f"compare-{side}-bits"
-            with gr.Column():
-                label = f"{side.capitalize()} model"
-                choosers.append(parts.model_chooser(house, label, names, precision))
-    message = message_box("compare-message", "Ask both models about a picture")
-    with gr.Row(elem_classes="frame-actions"):
-        stop = gr.Button("Stop", elem_id="compare-stop", size="sm", interactive=False)
-        new = gr.Button("New comparison", elem_id="compare-new", size="sm")
-    status = gr.HTML(elem_id="compare-status", apply_default_css=False)
-    pages = []
-    with gr.Row():
-        for side in ("left", "right"):
-            with gr.Column():
-                pages.append(parts.conversation(house, f"compare-{side}", side.capitalize()))
-
-    def both(request: gr.Request) -> list[Session]:
-        return [house.session(request, side) for side in ("/left", "/right")]
-
-    def send(request: gr.Request, asked: dict[str, Any], *models: Any) -> Iterator[tuple[Any, ...]]:
-        """(left page, right page, status, message, stop button)"""
-        try:
-            files = house.files(request, asked["files"])
-            choices = [house.choice(request, *models[:2]), house.choice(request, *models[2:])]
-        except UserError as error:
-            yield unchanged(error, 5)
-            return
-        sessions, shown = both(request), [gr.skip(), gr.skip()]
-        running, told = gr.Button(interactive=True), ""
-        for number, (session, choice) in enumerate(zip(sessions, choices, strict=True)):
-            try:
-                if session.choice != choice:
-                    for part, step in session.switch(choice):
-                        yield *shown, parts.progress_bar(part, step), gr.skip(), running
-            except (UserError, RuntimeError) as error:
-                told += parts.told_html(f"{('Left', 'Right')[number]} model: {sentence(error)}")
-                continue
-            before, first = session.state(), True
-            for state in session.ask(asked["text"] or "", files):
-                shown[number] = state
-                emptied = first and not number and taken(before, state)
-                yield *shown, told, EMPTY if emptied else gr.skip(), running
-                first = False
-            if shown[number]["exchanges"][-1]["state"] == "stopped":
-                break
-        ended = [session.state() for session in sessions]
-        told += stats_html(ended)
-        yield *ended, told, gr.skip(), gr.Button(interactive=False)
-
-    def halt(request: gr.Request) -> None:
-        for session in both(request):
-            session.stop()
-
-    def reset(request: gr.Request) -> tuple[Any, ...]:
-        return *(session.reset() for session in both(request)), "", EMPTY
-
-    inputs = [message, *choosers[0], *choosers[1]]
-    message.submit(send, inputs, [*pages, status, message, stop], **ANSWERS)
-    stop.click(halt, **AT_ONCE)
-    new.click(reset, None, [*pages, status, message], **AT_ONCE)
-    parts.note_uploads(house, message)
-    return tuple(choosers)
+def looked(tables: Callable[[], Iterator[str]]) -> Iterator[tuple[Any, Any]]:
+    """(table, stop button) while words are looked for."""
+    running = gr.Button(interactive=True)
+    yield parts.progress_bar(None, "looking"), running
+    try:
+        for table in tables():
+            yield table, running
+    except (UserError, RuntimeError) as error:
+        yield parts.told_html(sentence(error)), running
+    yield gr.skip(), gr.Button(interactive=False)
 
 
-def stats_html(states: Sequence[dict[str, Any]]) -> str:
-    """A table of how fast each side answered the last question."""
-    last = [state["exchanges"][-1] if state["exchanges"] else {} for state in states]
-    if not all(exchange.get("stats") for exchange in last):
-        return ""
-    rows = {
-        "First word": ("first_ms", "{:.0f} ms"),
-        "Speed": ("tokens_per_second", "{:.0f} tokens/s"),
-        "Looking at pictures": ("image_ms", "{:.0f} ms"),
-        "Memory of the pictures": ("image_bytes", "{:,} bytes"),
-    }
-    body = "".join(
-        f"<tr><th scope='row'>{label}</th>"
-        + "".join(f"<td>{form.format(exchange['stats'][name])}</td>" for exchange in last)
-        + "</tr>"
-        for label, (name, form) in rows.items()
-    )
-    head = "".join(f"<th scope='col'>{html.escape(exchange['model'])}</th>" for exchange in last)
-    return (
-        f"<table class='compared'><thead><tr><td></td>{head}</tr></thead>"
-        f"<tbody>{body}</tbody></table>"
-    )
+def checked(house: House, page: gr.HTML, presence: Presence, side: str = "") -> None:
+    """The button "Check" of an answer: its words in the second tab, each by itself."""
+
+    def check(event: gr.EventData, request: gr.Request) -> Iterator[tuple[Any, ...]]:
+        session = house.session(request, side)
+        text = session.answer(event.exchange)
+        filled: tuple[Any, ...] = None, text
+        for shown in looked(lambda: session.presence(text, exchange=event.exchange)):
+            yield *filled, *shown
+            filled = gr.skip(), gr.skip()
+
+    outputs = [presence.image, presence.text, presence.out, presence.stop]
+    # Gradio's own way to select a tab does nothing when it selected the same one before.
+    page.check(check, None, outputs, js=_TO_PRESENCE, **ANSWERS)

@@ -16,12 +16,14 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read while gradio is importe
 import gradio as gr
 from gradio.themes import Base
 from gradio.themes.utils.colors import Color
+from gradio.tunneling import CURRENT_TUNNELS
 
 from agevlm_mlx.errors import UserError
 
-from . import export, presence, tabs
+from . import compare, export, presence, tabs
 from .guard import Guard
 from .parts import QUIET, WAITING, House, facts_html, settings_of, tab_of
+from .pictures import MAX_UPLOAD
 from .sessions import Sessions
 from .uploads import Uploads
 
@@ -51,10 +53,13 @@ def build(house: House) -> gr.Blocks:
         with gr.Tabs():
             with gr.Tab("Chat"):
                 chat = tabs.chat_tab(house, header)
-            with gr.Tab("Is it in the picture?"):
-                tabs.presence_tab(house)
+            with gr.Tab(tabs.PRESENCE):
+                second = tabs.presence_tab(house)
             with gr.Tab("Compare"):
-                left, right = tabs.compare_tab(house)
+                both = compare.compare_tab(house, chat.settings)
+        for asked, side in zip((chat.page, *both.pages), ("", "/left", "/right"), strict=True):
+            tabs.checked(house, asked, second, side)
+        left, right = both.choosers
 
         def opened(request: gr.Request) -> tuple[Any, ...]:
             session = house.sessions.open(tab_of(request))
@@ -63,11 +68,12 @@ def build(house: House) -> gr.Blocks:
             chooser = gr.Dropdown(labels, value=label)
             state = session.state()
             told = tabs.header_html(state["model"]["name"]), facts_html(session.facts())
-            models = chooser, precision, chooser, precision, chooser
+            models = chooser, precision, chooser, precision, chooser, _other(precision)
             return state, *told, *models, *settings_of(session)
 
-        def current(request: gr.Request) -> tuple[str | None, str]:
-            return house.chosen(house.session(request).choice)
+        def current(request: gr.Request) -> tuple[Any, ...]:
+            label, precision = house.chosen(house.session(request).choice)
+            return label, precision, _other(precision)
 
         def closed(request: gr.Request) -> None:
             tab = tab_of(request)
@@ -77,13 +83,18 @@ def build(house: House) -> gr.Blocks:
         page.load(
             opened,
             None,
-            [chat.page, header, chat.facts, *chat.model, *left, right[0], *chat.settings],
+            [chat.page, header, chat.facts, *chat.model, *left, *right, *chat.settings],
             concurrency_limit=WAITING,
             **QUIET,
         )
-        chat.loaded.then(current, None, list(left), **QUIET)
+        chat.loaded.then(current, None, [*left, right[1]], **QUIET)
         page.unload(closed)
     return page
+
+
+def _other(precision: str) -> str:
+    """A precision to compare with, so that Compare is of use at once."""
+    return "As stored" if precision == "4 bits" else "4 bits"
 
 
 def _head() -> str:
@@ -162,6 +173,7 @@ def running(
 
     ``UserError`` if the port is taken, or if `share` gave no address.
     """
+    _no_proxy()
     with tempfile.TemporaryDirectory(prefix="agevlm-app-") as folder:
         # Where Gradio puts uploads and looks for files that it may serve.
         os.environ["GRADIO_TEMP_DIR"] = os.environ["GRADIO_EXAMPLES_CACHE"] = folder
@@ -177,7 +189,7 @@ def running(
                     quiet=True,
                     show_error=False,
                     max_threads=4 * WAITING,
-                    max_file_size="32mb",
+                    max_file_size=MAX_UPLOAD,
                     footer_links=[],
                     run_history=False,
                     enable_monitoring=False,
@@ -188,8 +200,28 @@ def running(
                     theme=theme(),
                     head=_head(),
                 )
-            except OSError as error:
-                raise UserError(f"--port: {port} is taken; pass another one ({error})") from None
+            except OSError:
+                raise UserError(
+                    f"--port: {port} cannot be opened; it is taken, or this computer is too busy: "
+                    "try again, or pass another one"
+                ) from None
+            if share and not page.share_url:
+                raise UserError(
+                    "--share: expected a public address, got none; leave --share out, or see "
+                    "whether this computer can reach the internet"
+                )
+            # Gradio's page for shared addresses takes its scripts from another host.
+            page.share = False
             yield Addresses(f"http://127.0.0.1:{port}", page.share_url)
         finally:
             page.close(verbose=False)
+            for tunnel in CURRENT_TUNNELS:
+                tunnel.kill()
+
+
+def _no_proxy() -> None:
+    """Gradio asks its own server whether it is there, which no proxy can know."""
+    names = ("no_proxy", "NO_PROXY")
+    known = next((os.environ[name] for name in names if os.environ.get(name)), "")
+    for name in names:
+        os.environ[name] = ",".join(filter(None, (known, "127.0.0.1")))

@@ -9,7 +9,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any
@@ -54,6 +54,37 @@ class _Ended:
     error: Exception | None = None
 
 
+class Stream:
+    """What a job sends, for one thread to iterate over."""
+
+    def __init__(self, job: _Job, drop: Callable[[_Job], None]) -> None:
+        self._job, self._drop = job, drop
+
+    def __iter__(self) -> "Stream":
+        return self
+
+    def __next__(self) -> Any:
+        event = self._job.events.get()
+        if not isinstance(event, _Ended):
+            return event
+        self._job.events.put(_Ended())  # for whoever asks again
+        if event.error:
+            raise event.error
+        raise StopIteration
+
+    def close(self) -> None:
+        """End the iteration, and the job: now if it still waits, else at what it sends next.
+
+        From any thread, also while another one waits for the next event.
+        """
+        self._job.unwanted.set()
+        self._drop(self._job)
+        self._job.events.put(_Ended())
+
+    def __del__(self) -> None:
+        self._job.unwanted.set()
+
+
 class Worker:
     """Runs jobs one after the other, in the order in which they came.
 
@@ -70,11 +101,11 @@ class Worker:
         self._closed = False
         self._ticked = time.monotonic()
 
-    def stream(self, run: Callable[[Desk, Send], None]) -> Generator[Any, None, None]:
+    def stream(self, run: Callable[[Desk, Send], None]) -> "Stream":
         """What a job sends, as it comes; `Ahead` first, whenever its place in the queue changes.
 
-        Closing the iterator stops the job at what it sends next. Raises the job's ``UserError``,
-        or a ``RuntimeError`` with a plain sentence when anything else went wrong.
+        Raises the job's ``UserError``, or a ``RuntimeError`` with a plain sentence when anything
+        else went wrong.
         """
         job = _Job(run)
         with self._change:
@@ -84,7 +115,7 @@ class Worker:
             self._start()
             self._tell()
             self._change.notify()
-        return self._events(job)
+        return Stream(job, self._drop)
 
     def call(self, run: Callable[[Desk], Any]) -> Any:
         """What `run` returns in the model's thread; raises as `stream` does."""
@@ -114,14 +145,11 @@ class Worker:
         with self._change:
             self._fail(self._waiting)
 
-    def _events(self, job: _Job) -> Generator[Any, None, None]:
-        try:
-            while not isinstance(event := job.events.get(), _Ended):
-                yield event
-            if event.error:
-                raise event.error
-        finally:
-            job.unwanted.set()
+    def _drop(self, job: _Job) -> None:
+        with self._change:
+            if job in self._waiting:
+                self._waiting.remove(job)
+                self._tell()
 
     def _start(self) -> None:
         if self._thread is None or not self._thread.is_alive():

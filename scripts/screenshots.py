@@ -11,40 +11,58 @@ import sys
 import tempfile
 from pathlib import Path
 
-from playwright.sync_api import Browser, ViewportSize, expect, sync_playwright
+from playwright.sync_api import (
+    Browser,
+    FloatRect,
+    Page,
+    ViewportSize,
+    expect,
+    sync_playwright,
+)
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for what the tests in a browser share
 
 from tests.app.browsing import Chat, launch, picture, running, scene
 
-VIEW = ViewportSize(width=1280, height=800)
+VIEW = ViewportSize(width=1280, height=900)
+PICTURE = picture(scene(25), side=768)  # a tree, an umbrella and a flower
+
+
+def take(page: Page, path: Path, last: str) -> None:
+    """Everything down to the element `last`, as the page is with no pointer on it."""
+    page.mouse.move(1, 1)
+    box = page.locator(last).bounding_box()
+    assert box is not None, last
+    height = round(box["y"] + box["height"] + 12)
+    page.set_viewport_size(ViewportSize(width=VIEW["width"], height=max(height, VIEW["height"])))
+    clip = FloatRect(x=0, y=0, width=VIEW["width"], height=height)
+    page.screenshot(path=path, clip=clip, animations="disabled")
 
 
 def chat_picture(browser: Browser, address: str, path: Path) -> None:
-    """A question, its answer, a follow-up, and where one word of it looked."""
+    """A question, its answer, a follow-up, and where one word of the answer looked."""
     chat = Chat(browser.new_context(viewport=VIEW).new_page(), address)
-    first = chat.ask("Describe the image.", picture(scene(0), side=768))
-    chat.ask("Where is the sofa?")
-    chat.word(first, "dog").click()
+    first = chat.ask("Describe the image.", PICTURE)
+    chat.ask("Is there a pizza?")
+    chat.word(first, "umbrella").click()
     expect(chat.page.locator("#page img.heat").first).to_be_visible()
-    chat.page.mouse.move(1, 1)
-    chat.page.screenshot(path=path, animations="disabled")
+    take(chat.page, path, "#message")
 
 
 def presence_picture(browser: Browser, address: str, path: Path) -> None:
-    """Words that are and that are not in the picture."""
+    """Words that are and one that is not in the picture."""
     chat = Chat(browser.new_context(viewport=VIEW).new_page(), address)
     chat.page.get_by_role("tab", name="Is it in the picture?").click()
-    name, data = picture(scene(0), side=768)
+    name, data = PICTURE
     chat.page.set_input_files(
         "#presence-image input[type=file]",
         {"name": name, "mimeType": "image/png", "buffer": data},
     )
     expect(chat.page.locator("#presence-image img")).to_be_visible()
-    chat.page.locator("#presence-text textarea").fill("dog, sofa, chair, pizza, key")
+    chat.page.locator("#presence-text textarea").fill("umbrella, flower, pizza")
     chat.page.locator("#presence-ask").click()
-    expect(chat.page.locator("#presence-out tbody tr").nth(4)).to_be_visible()
-    chat.page.screenshot(path=path, animations="disabled")
+    expect(chat.page.locator("#presence-out tbody tr").nth(2)).to_be_visible()
+    take(chat.page, path, "#presence-out table.words")
 
 
 def main() -> int:

@@ -185,16 +185,12 @@ class Chat:
         new = self.exchanges.nth(self.exchanges.count())
         self.box.fill(text)
         self.box.press("Enter")
-        for _ in range(200):
+        for _ in range(40):
             with contextlib.suppress(AssertionError):
-                expect(new).to_be_attached(timeout=200)
+                expect(new).to_be_attached(timeout=500)
                 return new
-            # Only if the text is still there: it goes when the question is taken.
-            self.box.evaluate(
-                """box => box.value && box.dispatchEvent(
-                    new KeyboardEvent("keydown", {key: "Enter", bubbles: true, cancelable: true}))
-                """
-            )
+            if self.box.input_value():  # it is emptied when the question is taken
+                self.box.press("Enter")
         raise AssertionError(f"the page does not take the question {text!r}")
 
     def ask(self, text: str, *files: tuple[str, bytes]) -> Locator:

@@ -125,11 +125,17 @@ class FakeSession:
             "words": [],
         }
 
-    def presence(self, text: str, file: tuple[str, bytes] | None) -> Iterator[str]:
+    def answer(self, exchange: int) -> str:
+        return next((e["answer"] for e in self._exchanges if e["id"] == exchange), "")
+
+    def presence(
+        self, text: str, file: tuple[str, bytes] | None = None, exchange: int | None = None
+    ) -> Iterator[str]:
         if not text:
             raise UserError("text: expected words, got nothing")
         for word in text.split(","):
-            yield f"<table><tr><td>{word}</td><td>{file and file[0]}</td></tr></table>"
+            about = file[0] if file else exchange
+            yield f"<table><tr><td>{word}</td><td>{about}</td></tr></table>"
             if self._stopped.wait(self._pause):
                 return
 

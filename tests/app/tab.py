@@ -24,7 +24,8 @@ class Tab:
     def open(self) -> Iterator["Tab"]:
         """The tab, from its first event to its last; leaving closes it."""
         with self.client.stream("GET", f"gradio_api/heartbeat/{self.name}") as alive:
-            next(alive.iter_lines())
+            lines = alive.iter_lines()  # kept: dropped half read, it would leave the line open
+            next(lines)
             self.happen("load")
             yield self
 

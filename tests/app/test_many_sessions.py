@@ -20,7 +20,7 @@ from tests.app.tab import Tab
 
 pytestmark = pytest.mark.chaos
 
-TABS, SETTLED = 20, 5
+TABS, SETTLED = 200, 50
 #: MB that the memory may grow by from the 50th to the 200th session. A session that stays costs
 #: more than a megabyte each (its picture and its maps), 150 in all.
 ALLOWED = 25
@@ -85,7 +85,7 @@ def test_two_hundred_tabs_leave_nothing_behind(watched):
     with httpx.Client(base_url=watched.address, timeout=60, trust_env=False) as client:
         for number in range(1, TABS + 1):
             with Tab(client).open() as tab:
-                tab.ask("Is there a house?", *own_picture(number))
+                converse(tab, number)
             if number in (SETTLED, TABS):
                 wait_until_all_are_closed(watched)
                 memory[number] = megabytes(watched.process.pid)

@@ -221,6 +221,42 @@ def test_a_question_stopped_before_its_turn_says_nothing(crowd, session, picture
     assert ask(session, "Is there a dog?", picture)["state"] == "done"
 
 
+def test_stopping_what_waits_does_not_wait(crowd, session, picture):
+    go = threading.Event()
+    blocking = crowd._worker.stream(lambda desk, send: go.wait(10))
+    states = session.ask("Where is the car?", [picture])
+    next(states)
+    session.reset()
+    session.reset()
+    assert list(states)[-1] == session.state()
+    assert not session.busy
+    again = session.ask("Is there a dog?", [picture])
+    assert next(again)["exchanges"][-1]["ahead"] == 1
+    go.set()
+    assert list(again)[-1]["exchanges"][-1]["state"] == "done"
+    list(blocking)
+
+
+def test_a_new_conversation_while_a_picture_is_decoded(session, picture, monkeypatch):
+    def slow(name, data):
+        session.reset()
+        return take(name, data)
+
+    take = session_module.take
+    monkeypatch.setattr(session_module, "take", slow)
+    assert list(session.ask("Where is the car?", [picture]))[-1]["exchanges"] == []
+    assert not session.busy
+    assert "PNG" not in repr(take(*picture))
+
+
+def test_a_closed_tab_leaves_nothing_behind(crowd, picture):
+    tab = crowd.open("gone")
+    crowd.close("gone")
+    (state,) = tab.ask("Where is the car?", [picture])
+    assert state["exchanges"] == []
+    assert tab.key not in crowd._worker.call(lambda desk: desk._talks)
+
+
 def test_a_page_that_goes_away_stops_the_model(session, picture):
     session.sampling = Sampling(max_tokens=100_000)
     states = session.ask("Where is the car?", [picture])
@@ -284,6 +320,33 @@ def test_a_new_conversation_in_the_middle_of_an_answer(session, picture):
     assert ask(session, "Is there a dog?", picture)["state"] == "done"
 
 
+def test_pictures_that_could_not_be_read_are_not_left_out_in_silence(session, picture):
+    ask(session, "Is there a dog?", picture)
+    bad = ask(session, "Where is the car?", ("notes.png", b"hello"))
+    *_, state = session.retry(bad["id"])
+    assert "with others" in state["exchanges"][-1]["error"]
+    assert len(state["exchanges"]) == 2
+
+
+def test_text_that_is_no_text(session):
+    done = ask(session, "Is there a \ud83d dog?")
+    assert done["question"] == "Is there a ? dog?"
+    assert json.dumps(session.state()).encode()
+
+
+def test_a_picture_is_sent_once_however_often_it_is_asked_for(session, picture):
+    (shown,) = ask(session, "Is there a dog?", picture)["pictures"]
+    assert len(session.pictures([shown] * 1000 + [5, None, [shown]])) == 1
+    assert session.looks(10**30)["exchange"] is None
+
+
+def test_one_token_has_no_rate(session, picture):
+    session.sampling = Sampling(max_tokens=1)
+    assert ask(session, "Is there a dog?", picture)["stats"]["tokens_per_second"] is None
+    session.sampling = Sampling(max_tokens=8)
+    assert ask(session, "Is there a dog?")["stats"]["tokens_per_second"] > 0
+
+
 def test_examples_can_be_asked(session):
     examples = session.state()["examples"]
     assert len(examples) == 4
@@ -335,6 +398,18 @@ def test_a_concat_model_says_which_pictures_have_maps(session, noise):
     ask(session, "Is there a dog?")
     late = ask(session, "Where is the car?", ("a.png", png(noise(1))))
     assert "only images of the first message" in session.looks(late["id"])["note"]
+
+
+def test_a_concat_model_shows_the_maps_that_it_has(session, noise):
+    list(session.switch(Choice("concat")))
+    ask(session, "Is there a dog?", ("a.png", png(noise(1))))
+    late = ask(session, "Where is the car?", ("b.png", png(noise(2))))
+    looks = session.looks(late["id"])
+    assert [p["name"] for p in session.pictures(looks["pictures"])] == ["a.png"]
+    assert {len(word["layers"]) for word in looks["words"]} == {1}
+    assert "only pictures of the first message" in looks["note"]
+    assert json.loads(session.export_json())["exchanges"][1]["words"]
+    assert session.export_html()
 
 
 def test_a_failing_model_is_a_sentence_and_the_next_question_works(session, picture, monkeypatch):
@@ -394,13 +469,19 @@ def test_the_conversation_can_be_kept(session, picture):
         assert session.key not in text
 
 
-def test_words_can_be_looked_for(session, picture):
+def test_words_can_be_looked_for(session, picture, noise):
     with pytest.raises(UserError, match="expected a picture"):
         next(session.presence("dog"))
     *_, table = session.presence("dog, car", picture)
     assert "<table" in table
     ask(session, "Where is the car?", picture)
     assert [*session.presence("dog, car")][-1] == table
+    first = session.state()["exchanges"][0]["id"]
+    assert session.answer(first) == session.state()["exchanges"][0]["answer"]
+    ask(session, "Where is the car?", ("other.png", png(noise(2))))
+    assert [*session.presence("dog, car")][-1] != table
+    assert [*session.presence("dog, car", exchange=first)][-1] == table
+    assert session.answer(99) == ""
     with pytest.raises(UserError):
         list(session.presence("  "))
     with pytest.raises(UserError, match=r"notes\.png"):
@@ -472,6 +553,25 @@ def test_an_idle_conversation_is_put_away_and_says_so(crowd, session, picture, m
     assert fresh is not session
     done = ask(fresh, "Is there a dog?", picture)
     assert "put away after 30 minutes" in done["notes"][0]
+
+
+def test_idle_tabs_are_freed_one_by_one(crowd, picture, monkeypatch):
+    crowd.get("three"), crowd.get("three/left")
+    ask(crowd.get("three/left"), "Is there a dog?", picture)
+    monkeypatch.setattr(crowd, "_idle", 0.0)
+    monkeypatch.setattr(crowd.get("three/left"), "idle", lambda: -1.0)
+    left = crowd.get("three/left")
+    crowd.free_idle()
+    assert crowd.get("three/left") is left
+    crowd.close("three")
+
+
+def test_whoever_loads_or_looks_is_not_idle(session, picture):
+    for work in (session.switch(Choice("concat")), session.presence("dog", picture)):
+        next(work)
+        assert session.idle() == 0
+        work.close()
+        assert 0 < session.idle() < 10
 
 
 def test_unused_models_are_let_go(tiny_talker):

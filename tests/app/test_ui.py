@@ -13,6 +13,7 @@ import pytest
 
 pytest.importorskip("gradio")
 
+from agevlm_mlx.errors import UserError
 from app import catalogue, ui
 from tests.app.fake_sessions import FakeSessions
 from tests.app.tab import Tab
@@ -39,8 +40,8 @@ def served() -> Iterator[Served]:
     patch.setattr(catalogue, "choices", lambda extra: [("small one", "/secret/a"), ("b", "/b")])
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         patch.delenv(name, raising=False)
-    for name in ("GRADIO_TEMP_DIR", "GRADIO_EXAMPLES_CACHE"):
-        patch.setenv(name, "restored afterwards")
+    for name in ("GRADIO_TEMP_DIR", "GRADIO_EXAMPLES_CACHE", "no_proxy", "NO_PROXY"):
+        patch.setenv(name, "localhost")  # so that it is as before afterwards
     sessions = FakeSessions()
     with (
         ui.running(sessions, port=port) as addresses,
@@ -287,6 +288,28 @@ def test_compare_with_a_model_that_is_missing(served, tab):
     assert "Right model: " in tab["compare-status"]
 
 
+@pytest.mark.parametrize("page", ["page", "compare-right"])
+def test_the_words_of_an_answer_are_checked(tab, page):
+    message = "message" if page == "page" else "compare-message"
+    tab[message] = {"text": "Is there a dog?", "files": []}
+    tab.happen("submit", message)
+    number = last(tab, page)["id"]
+    tab.happen("check", page, {"exchange": number})
+    assert tab["presence-text"] == "A big red dog."
+    assert f"<td>A big red dog.</td><td>{number}</td>" in tab["presence-out"]
+
+
+def test_edit_and_retry_on_one_side(tab):
+    tab["compare-message"] = {"text": "Is there a dog?", "files": []}
+    tab.happen("submit", "compare-message")
+    number = last(tab, "compare-left")["id"]
+    tab.happen("edit", "compare-left", {"exchange": number, "text": "And now?"})
+    tab.happen("retry", "compare-right", {"exchange": number})
+    assert last(tab, "compare-left")["question"] == "And now?"
+    assert last(tab, "compare-right")["question"] == "Is there a dog?"
+    assert last(tab, "compare-right")["state"] == "done"
+
+
 # --- what the script asks ------------------------------------------------------------------------
 
 
@@ -325,6 +348,15 @@ def test_another_tab_cannot_be_asked_without_its_key(served, tab):
 
 
 # --- the server ----------------------------------------------------------------------------------
+
+
+def test_a_taken_port_is_one_line(served):
+    port = served.client.base_url.port
+    with (
+        pytest.raises(UserError, match=f"^--port: {port} cannot be opened"),
+        ui.running(FakeSessions(), port=port),
+    ):
+        pass
 
 
 @pytest.mark.parametrize(
