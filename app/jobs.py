@@ -3,8 +3,11 @@
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
+
+from PIL import Image
 
 from agevlm_mlx.conversation import Conversation
 from agevlm_mlx.data.image import Geometry
@@ -15,6 +18,7 @@ from agevlm_mlx.evaluation.words import Look
 from agevlm_mlx.generation import Response
 from agevlm_mlx.image_store import Sight
 from agevlm_mlx.sampling import Sampling
+from agevlm_mlx.weights import Loaded
 
 from . import catalogue
 from .catalogue import Choice
@@ -92,9 +96,19 @@ class Loading:
 def load(desk: Desk, send: Send, choice: Choice) -> None:
     """Load a model: any number of `Loading`, then its `About`."""
     loaded = desk.model(choice, lambda part, step: send(Loading(part, step)))
+    send(Loading(1.0, "warming up"))
+    _warm_up(loaded)
     model = loaded.model
     facts = catalogue.facts(loaded, choice)
     send(About(facts["Model"], facts, model.looking_layers, catalogue.heads(model)))
+
+
+def _warm_up(loaded: Loaded) -> None:
+    """Answer once for nobody: MLX compiles what it needs, which can take seconds on a CPU."""
+    chat = Conversation(loaded)
+    with suppress(UserError):  # it will be said to whoever asks
+        list(chat.ask("Is there a dog?", Image.new("RGB", (64, 64)), Sampling(max_tokens=2)))
+        chat.looks()
 
 
 def answer(desk: Desk, send: Send, question: Question, stopped: threading.Event) -> None:

@@ -48,7 +48,7 @@ document.addEventListener("DOMContentLoaded", () => {
     new MutationObserver(clock.look).observe(document.body, {
         subtree: true, childList: true, characterData: true, attributes: true});
 });
-const last = (selector) => [...document.querySelectorAll("#page li.exchange " + selector)].at(-1);
+const newest = () => [...document.querySelectorAll("#page li.exchange")].at(-1);
 clock.begin({ready: () => {
     const box = document.querySelector("#message textarea");
     return box && !box.disabled && document.querySelector("#page .looking .example");
@@ -58,8 +58,8 @@ clock.question = () => {
     const now = () => document.querySelectorAll("#page li.exchange").length > before;
     document.querySelector("#message textarea").addEventListener("keydown", (event) => {
         clock.begin({
-            word: () => now() && last(".answered").textContent.trim(),
-            maps: () => now() && last(".answered button.word"),
+            word: () => now() && newest().querySelector(".answered").textContent.trim(),
+            maps: () => now() && newest().querySelector(".answered button.word"),
         }, performance.now());
     }, {once: true, capture: true});
 };
@@ -137,11 +137,10 @@ def main() -> int:
             },
         }
         browser.close()
-    here = with_what["machine"]
-    print(f"{here['processor']}, {here['cores']} cores, {here['device']}; threads not limited"
-          if not any(with_what["threads"].values())
-          else f"{here['processor']}, {here['cores']} cores, {here['device']}; "
-          f"threads: {with_what['threads']}")  # fmt: skip
+    here, limits = with_what["machine"], with_what["threads"]
+    threads = ", ".join(f"{name}={value}" for name, value in limits.items() if value)
+    print(f"{here['processor']}, {here['cores']} cores, {here['device']}; "
+          f"threads: {threads or 'not limited'}")  # fmt: skip
     print(f"Chromium {with_what['versions']['browser']}, headless; {args.runs} runs")
     print(f"{'':<26}{'median':>9}{'least':>9}{'most':>9}   ms")
     for name, row in _ROWS.items():

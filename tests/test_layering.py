@@ -84,7 +84,7 @@ ONLY_IN = {
     },
     "torchvision": {"agevlm_mlx/sam/teacher.py", "agevlm_mlx/sam/torchvision_ops.py"},
     "segment_anything": {"agevlm_mlx/sam/teacher.py", "agevlm_mlx/sam/torchvision_ops.py"},
-    "gradio": {"app/ui.py", "app/tabs.py", "app/parts.py"},
+    "gradio": {"app/ui.py", "app/tabs.py", "app/compare.py", "app/parts.py"},
     "webview": {"app/window.py"},
     "starlette": {"agevlm_mlx/serving/app.py"},
     "uvicorn": {"agevlm_mlx/serve.py"},

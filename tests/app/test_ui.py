@@ -327,7 +327,7 @@ def test_the_script_gets_looks_and_files(tab):
 @pytest.mark.parametrize("query", [None, [], {}, {"key": 5}, {"key": "guessed"}])
 @pytest.mark.parametrize("function", ["looks", "pictures", "download"])
 def test_without_the_key_there_is_a_sentence(tab, function, query):
-    assert re.fullmatch(r"[A-Z].*\.", tab.serve("page", function, query)["error"])
+    assert re.fullmatch(r"[A-Z].* reload .*\.", tab.serve("page", function, query)["error"])
 
 
 def test_what_goes_wrong_is_a_sentence_without_a_path(tab, capsys):
