@@ -82,6 +82,8 @@ def pick(text: str, extra: Iterable[Path] = (), *, listed_only: bool = False) ->
     listed_only: ``UserError`` for anything else, so that who sees the page cannot have any folder
     of this computer opened or any model downloaded.
     """
+    if not text.isprintable():
+        raise UserError("model: expected a folder or a hub id, got characters that no name has")
     listed = dict(choices(extra))
     if listed_only and text not in listed:
         raise UserError(f"model: expected one of the list, got {text[:100]!r}; choose it there")

@@ -14,6 +14,8 @@ from .catalogue import Choice
 
 #: How far loading is, 0..1, and what is being done.
 Progress = Callable[[float, str], None]
+#: Tokens of a question that are read at once.
+_STEP = 512
 #: Models that stay loaded although no conversation uses them.
 SPARE = 2
 
@@ -22,10 +24,17 @@ class Talk:
     """One tab's conversation with one model, and its images as the model remembers them.
 
     sights: by the id of the picture, so that a picture is looked at, and even hashed, only once.
+    pause: called now and then while a question is read, and may end that by what it raises.
     """
 
     def __init__(self, loaded: Loaded, choice: Choice, system: str) -> None:
-        self.conversation = Conversation(loaded, system=system)
+        self.pause: Callable[[], None] = lambda: None
+        self.conversation = Conversation(
+            loaded,
+            system=system,
+            prefill_step_size=_STEP,
+            prompt_progress_callback=lambda done, total: self.pause(),
+        )
         self.choice, self.system = choice, system
         self.sights: dict[str, Sight] = {}
 

@@ -55,15 +55,17 @@ class Exchange:
 
     def where(self, layer: Any = None, head: Any = None) -> dict[str, Any]:
         """Where its words looked, for a looking layer and a head as the page names them, by
-        numbers from 0; what is no such number stands for the mean. JSON values."""
+        numbers from 0; what is no such number, or is not kept, stands for the mean. JSON values:
+        "layer" and "head" say what is shown, a layer by its number in the model."""
         L, N = self.looks[0].values.shape[:2] if self.looks else (0, 0)
-        chosen = _number(layer, L), _number(head, N)
+        chosen = _number(layer, L if L > 1 else 0), _number(head, N if N > 1 else 0)
         return {
             "exchange": self.id,
             "pictures": [shown.id for shown in self.seen],
             "words": [word_json(look, self.geometries, *chosen) for look in self.looks],
             "note": self.no_looks,
-            "layers": list(self.layers),
+            "layer": None if chosen[0] is None else self.layers[chosen[0]],
+            "head": chosen[1],
             "threshold": NOT_GROUNDED,
             "about": NOT_GROUNDED_MEANS,
         }

@@ -117,6 +117,7 @@ def answer(desk: Desk, send: Send, question: Question, stopped: threading.Event)
     Setting `stopped` ends the answer; what was said so far stays. Raises as `Conversation.ask`.
     """
     talk = desk.talk(question.key, question.choice, question.system)
+    talk.pause = lambda: send(Piece(""))
     start = time.monotonic()
     chat = talk.conversation
     asked = Turn("user", question.text, question.pictures)

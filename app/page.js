@@ -155,13 +155,14 @@ function looking(element, host) {
     return ids;
   }
 
-  function describe(word, ids, doubtful) {
+  /** What is shown of a word; of an old answer, or another model's, there may only be the mean. */
+  function describe(word, { pictures: ids, layer, head }, doubtful) {
     const many = ids.length > 1;
     const who = word.role === "user" ? "asked" : "answered";
-    const { layer, head } = setting;
+    const mean = (chosen, kept, what) => (chosen != null && kept == null ? `mean of ${what}` : "");
     const which = [
-      layer == null ? "" : `layer ${state.model?.layers?.[layer] ?? layer + 1}`,
-      head == null ? "" : `head ${head + 1}`,
+      layer == null ? mean(setting.layer, layer, "all layers") : `layer ${layer}`,
+      head == null ? mean(setting.head, head, "all heads") : `head ${head + 1}`,
     ].filter(Boolean);
     const parts = [`grounding ${word.grounding.toFixed(2)}`];
     if (doubtful) parts[0] += ", not grounded";
@@ -197,7 +198,7 @@ function looking(element, host) {
     if (word) {
       const { names, grounding } = base?.words[active.index] ?? word;
       const doubtful = names && grounding < thresholdOf(exchange.id);
-      stage.say(describe(word, chosen.looks.pictures, doubtful));
+      stage.say(describe(word, chosen.looks, doubtful));
     }
     else if (active && chosen?.state === "asked") stage.say("Reading where it looked ...");
     else if (active && chosen?.state === "failed") stage.say("This map could not be read.");
@@ -297,7 +298,7 @@ function looking(element, host) {
   // --- the whole ---------------------------------------------------------------------------
 
   async function save(format) {
-    say(saved, "");
+    say(saved, "Being made …");
     let file = null;
     try {
       file = await host.download(format);
@@ -308,6 +309,7 @@ function looking(element, host) {
       say(saved, file?.error ?? "It could not be made; try again.");
       return;
     }
+    say(saved, "");
     const type = format === "html" ? "text/html" : "application/json";
     const url = URL.createObjectURL(new Blob([file.text], { type }));
     make("a", { href: url, download: file.name }).click();

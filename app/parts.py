@@ -19,6 +19,8 @@ from .session import Session
 from .sessions import Sessions
 from .uploads import Uploads
 
+#: Tokens of the longest answer that the page asks for.
+LONGEST = 8192
 #: Answers that may wait for the model at the same time; each has a thread while it waits.
 WAITING = 64
 #: How a model is kept in memory: what the page says, bits.
@@ -59,13 +61,13 @@ show();
 class House:
     """What the tabs share: the conversations, the uploads, the models on offer.
 
-    listed_only: nobody may name a model that is not in the list.
+    shared: strangers may see the page, so nobody may name a model that is not in the list.
     """
 
     sessions: Sessions
     uploads: Uploads
     extra_models: Sequence[Path] = ()
-    listed_only: bool = False
+    shared: bool = False
 
     def session(self, request: gr.Request, side: str = "") -> Session:
         """The conversation of the browser's tab (side: one of Compare)."""
@@ -83,7 +85,7 @@ class House:
     def choice(self, request: gr.Request, label: str | None, precision: str) -> Choice:
         """What a model chooser says; with nothing in it, the chat's model. ``UserError``."""
         if label and label.strip():
-            source = catalogue.pick(label, self.extra_models, listed_only=self.listed_only)
+            source = catalogue.pick(label, self.extra_models, listed_only=self.shared)
         else:
             source = self.session(request).choice.source
         return Choice(source, PRECISIONS.get(precision))
@@ -177,8 +179,8 @@ def model_chooser(
         labels,
         value=labels[0] if labels else None,
         label=label,
-        info=None if house.listed_only else "One of the list, or a folder or hub id that you type",
-        allow_custom_value=not house.listed_only,
+        info=None if house.shared else "One of the list, or a folder or hub id that you type",
+        allow_custom_value=not house.shared,
         elem_id=names[0],
     )
     return source, gr.Radio(list(PRECISIONS), value=precision, label="Precision", elem_id=names[1])
@@ -245,6 +247,8 @@ def tune(session: Session, values: Sequence[Any]) -> None:
     chosen = session.sampling
     # Unchanged: a stop word of the command line may hold a line break.
     changed = stop != "\n".join(chosen.stop)
+    if longest != chosen.max_tokens and not 1 <= longest <= LONGEST:
+        raise UserError(f"longest answer: expected 1 to {LONGEST} tokens, got {longest}")
     session.sampling = replace(
         chosen,
         max_tokens=int(longest),

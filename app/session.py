@@ -297,11 +297,11 @@ class Session:
     def _check(self, exchange: Exchange) -> None:
         if not exchange.question:
             raise UserError('the question is empty; try "Describe the image."')
-        if len(exchange.question) > MAX_TEXT:
-            raise UserError(
-                f"expected at most {MAX_TEXT} characters, got {len(exchange.question)}; "
-                "ask a shorter question"
-            )
+        for what, text in (("", exchange.question), ("system prompt: ", self.system)):
+            if len(text) > MAX_TEXT:
+                raise UserError(
+                    f"{what}expected at most {MAX_TEXT} characters, got {len(text)}; shorten it"
+                )
         every = [shown for one in self._exchanges for shown in one.pictures]
         size = sum(len(shown.data) for shown in every)
         if len(every) > MAX_ALL_PICTURES or size > MAX_BYTES:
@@ -351,8 +351,8 @@ class Session:
                     "Pictures are still known."
                 )
             case jobs.Piece(text):
-                exchange.state = "answering"
                 exchange.answer = (exchange.answer + text).lstrip()
+                exchange.state = "answering" if exchange.answer else exchange.state
             case jobs.Answered(text, said, stats):
                 exchange.answer, exchange.said, exchange.stats = text, said, stats
             case jobs.Looked(looks, geometries, note):

@@ -30,8 +30,14 @@ _HEADER = (
 )
 
 
-def header_html(name: str) -> str:
-    return _HEADER.format(name=html.escape(name))
+def header_html(name: str, shared: bool) -> str:
+    """The line at the top. shared: whether others than this computer's user may read it."""
+    where = (
+        "What you show goes to the computer that shares this page"
+        if shared
+        else "Everything stays on this computer"
+    )
+    return _HEADER.format(name=html.escape(name), where=where)
 
 
 @dataclass(frozen=True)
@@ -103,6 +109,8 @@ def chat_tab(house: House, header: gr.HTML) -> Chat:
         """(page, stop button, message, photo); these two are emptied once they are taken."""
         session = house.session(request)
         try:
+            if session.busy:
+                raise UserError("an answer is being made; wait for it, or stop it first")
             files = house.files(request, [*asked["files"], photo])
             parts.tune(session, settings)
         except UserError as error:
@@ -131,7 +139,12 @@ def chat_tab(house: House, header: gr.HTML) -> Chat:
             yield parts.told_html(sentence(error)), *rest
             return
         state = session.state()
-        yield "", parts.facts_html(session.facts()), header_html(state["model"]["name"]), state
+        yield (
+            "",
+            parts.facts_html(session.facts()),
+            header_html(state["model"]["name"], house.shared),
+            state,
+        )
 
     message.submit(send, [message, photo, *settings], [page, stop, message, photo], **ANSWERS)
     asked_again(house, page, stop, settings)

@@ -49,7 +49,9 @@ class Addresses:
 def build(house: House) -> gr.Blocks:
     """The page. Each tab of a browser that opens it gets a session of its own."""
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=_FORGOTTEN) as page:
-        header = gr.HTML(tabs.header_html(""), elem_id="header", apply_default_css=False)
+        header = gr.HTML(
+            tabs.header_html("", house.shared), elem_id="header", apply_default_css=False
+        )
         with gr.Tabs():
             with gr.Tab("Chat"):
                 chat = tabs.chat_tab(house, header)
@@ -67,7 +69,8 @@ def build(house: House) -> gr.Blocks:
             label, precision = house.chosen(session.choice)
             chooser = gr.Dropdown(labels, value=label)
             state = session.state()
-            told = tabs.header_html(state["model"]["name"]), facts_html(session.facts())
+            header_now = tabs.header_html(state["model"]["name"], house.shared)
+            told = header_now, facts_html(session.facts())
             models = chooser, precision, chooser, precision, chooser, _other(precision)
             return state, *told, *models, *settings_of(session)
 
@@ -177,7 +180,7 @@ def running(
     with tempfile.TemporaryDirectory(prefix="agevlm-app-") as folder:
         # Where Gradio puts uploads and looks for files that it may serve.
         os.environ["GRADIO_TEMP_DIR"] = os.environ["GRADIO_EXAMPLES_CACHE"] = folder
-        page = build(House(sessions, Uploads(Path(folder)), extra_models, listed_only=share))
+        page = build(House(sessions, Uploads(Path(folder)), extra_models, shared=share))
         try:
             try:
                 page.launch(

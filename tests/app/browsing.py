@@ -119,6 +119,8 @@ def running(folder: Path, *command: str | Path) -> Iterator[App]:
             stderr=err,
             text=True,
             env=environment,
+            # A shell that runs the tests in the background has them ignore Ctrl-C.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
     app = App(process, port, folder)
     try:
@@ -178,16 +180,17 @@ class Chat:
     def send(self, text: str, *files: tuple[str, bytes]) -> Locator:
         """Ask without waiting for the answer; the new exchange.
 
-        While the question before it is answered the page takes none: Enter is pressed again.
+        The page takes none while the one before it is answered, which is when Stop can be pressed.
         """
         if files:
             self.attach(*files)
+        expect(self.page.locator("#stop")).to_be_disabled()
         new = self.exchanges.nth(self.exchanges.count())
         self.box.fill(text)
         self.box.press("Enter")
-        for _ in range(40):
+        for _ in range(10):
             with contextlib.suppress(AssertionError):
-                expect(new).to_be_attached(timeout=500)
+                expect(new).to_be_attached(timeout=3000)
                 return new
             if self.box.input_value():  # it is emptied when the question is taken
                 self.box.press("Enter")

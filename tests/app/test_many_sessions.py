@@ -21,9 +21,9 @@ from tests.app.tab import Tab
 pytestmark = pytest.mark.chaos
 
 TABS, SETTLED = 200, 50
-#: MB that the memory may grow by from the 50th to the 200th session. A session that stays costs
-#: more than a megabyte each (its picture and its maps), 150 in all.
-ALLOWED = 25
+#: MB that the memory may grow by from the 50th to the 200th session; a picture alone is one.
+#: Gradio keeps a little of every tab for an hour.
+ALLOWED, ALLOWED_WITH_GRADIO = 25, 75
 
 
 def megabytes(pid: int) -> float:
@@ -39,7 +39,7 @@ def own_picture(number: int) -> tuple[str, bytes]:
     """A picture that no other session has: the same file would be stored once."""
     painted = scene(2)
     painted.image[:4, :4] = np.frombuffer(number.to_bytes(3, "big"), np.uint8)
-    return picture(painted)
+    return picture(painted, side=1024)
 
 
 def converse(tab: Tab, number: int) -> None:
@@ -90,7 +90,7 @@ def test_two_hundred_tabs_leave_nothing_behind(watched):
                 wait_until_all_are_closed(watched)
                 memory[number] = megabytes(watched.process.pid)
     assert watched.temporary == [], "uploads stay"
-    assert memory[TABS] - memory[SETTLED] < ALLOWED, memory
+    assert memory[TABS] - memory[SETTLED] < ALLOWED_WITH_GRADIO, memory
 
 
 def test_ten_real_tabs_leave_nothing_behind(watched, new_context):

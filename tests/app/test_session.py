@@ -17,6 +17,7 @@ from agevlm_mlx.errors import UserError
 from agevlm_mlx.generation import generate
 from agevlm_mlx.sampling import Sampling
 from agevlm_mlx.weights import Loaded
+from app import desk as desk_module
 from app import jobs
 from app import session as session_module
 from app.catalogue import Choice
@@ -130,6 +131,8 @@ def test_a_layer_and_a_head_can_be_chosen(session, picture):
     other = session.looks(done["id"], 1, 2)
     layers = [[w["layers"] for w in looks["words"]] for looks in (mean, one, other)]
     assert layers[0] != layers[1] != layers[2]
+    assert (one["layer"], one["head"]) == (2, 3)
+    assert (mean["layer"], mean["head"]) == (None, None)
     for odd in [(7, 0), (-1, 0), (0, 99), ("1", 0), (1.5, None), (True, None)]:
         assert session.looks(done["id"], *odd)["words"], (
             "a request of the page's that makes no sense"
@@ -235,6 +238,23 @@ def test_stopping_what_waits_does_not_wait(crowd, session, picture):
     go.set()
     assert list(again)[-1]["exchanges"][-1]["state"] == "done"
     list(blocking)
+
+
+def test_reading_a_long_question_can_be_ended(crowd, session, picture, monkeypatch):
+    monkeypatch.setattr(desk_module, "_STEP", 16)
+    states = session.ask("dog " * 200, [picture])
+    while next(states)["exchanges"][-1]["state"] != "reading":
+        pass
+    stream = session._stream
+    for _ in range(3):
+        while not isinstance(event := next(stream), jobs.Piece):
+            pass
+        assert event == jobs.Piece("")
+    stream.close()
+    read = crowd._worker.call(lambda desk: desk.talk(session.key, Choice()).conversation.cache)
+    assert 0 < read[0].offset < 200
+    assert list(states)[-1]["exchanges"][-1]["state"] == "stopped"
+    assert ask(session, "Is there a dog?")["state"] == "done"
 
 
 def test_a_new_conversation_while_a_picture_is_decoded(session, picture, monkeypatch):
@@ -374,7 +394,7 @@ def test_another_model_goes_on_with_the_conversation(session, picture, tiny_talk
     )
     assert second["stats"]["images_seen"] == 1
     assert session.state()["model"]["layers"] == list(tiny_talker("concat").model.looking_layers)
-    assert session.looks(first["id"], 1)["layers"] == [1, 2]
+    assert session.looks(first["id"], 1)["layer"] == 2
     assert session.facts()
 
 
@@ -449,7 +469,9 @@ def test_maps_of_old_answers_are_thinned(session, picture, monkeypatch):
     first = ask(session, "Where is the car?", picture)
     before = session.looks(first["id"])["words"]
     ask(session, "Is there a dog?")
-    after = session.looks(first["id"], 1, 1)["words"]
+    looks = session.looks(first["id"], 1, 1)
+    assert (looks["layer"], looks["head"]) == (None, None), "the page would say what is not so"
+    after = looks["words"]
     assert [w["peak"] for w in after] == [w["peak"] for w in before]
     assert sum(look.values.nbytes for e in session._exchanges[:1] for look in e.looks) < 5000
 
