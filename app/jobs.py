@@ -28,6 +28,8 @@ from .worker import Send
 
 #: Tokens that an answer should have room for; the oldest turns go before it has less.
 ROOM = 64
+#: Tokens of the shortest answer whose speed is told.
+_RATED = 8
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,8 @@ def _sights(chat: Conversation) -> list[Sight]:
 
 
 def _figures(last: Response | None, times: Sequence[float]) -> dict[str, Any]:
-    """What an answer took; the rate is that of the tokens after the first one."""
+    """What an answer took; the rate is that of the tokens after the first one, if they are enough
+    to be more than noise."""
     if last is None:
         return {"first_ms": None, "tokens": 0, "tokens_per_second": None, "prompt_tokens": 0,
                 "finish": "stopped"}  # fmt: skip
@@ -191,7 +194,7 @@ def _figures(last: Response | None, times: Sequence[float]) -> dict[str, Any]:
     return {
         "first_ms": 1000 * times[0],
         "tokens": tokens,
-        "tokens_per_second": (tokens - 1) / taken if tokens > 1 and taken > 0 else None,
+        "tokens_per_second": (tokens - 1) / taken if tokens >= _RATED and taken > 0 else None,
         "prompt_tokens": last.prompt_tokens,
         "finish": last.finish_reason or "stopped",
     }

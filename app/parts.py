@@ -242,6 +242,7 @@ def tune(session: Session, values: Sequence[Any]) -> None:
     for name, value in {**numbers, "repetition penalty": penalty}.items():
         if value is None:
             raise UserError(f"{name}: expected a number, got nothing")
+    seed, stop, system = (str(text or "") for text in (seed, stop, system))
     if seed and not seed.strip().isdecimal():
         raise UserError(f"seed: expected a whole number or nothing, got {seed[:50]!r}")
     chosen = session.sampling

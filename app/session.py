@@ -166,7 +166,8 @@ class Session:
             try:
                 for event in events:
                     if isinstance(event, About):
-                        self.choice, self.about = choice, event
+                        with self._lock:
+                            self.choice, self.about = choice, event
                     elif isinstance(event, Ahead):
                         yield 0.0, f"waiting, {event.count} before" if event.count else "loading"
                     else:
@@ -315,6 +316,8 @@ class Session:
         with self._lock:
             if stop.is_set():  # perhaps the exchange is none of the conversation any more
                 return
+            # The model may have changed while the pictures were read.
+            exchange.model, exchange.layers = self.about.name, self.about.layers
             turns, pictures = self._turns(exchange)
             exchange.seen = (*(shown for turn in turns for shown in turn.images), *pictures)
             if not exchange.seen:

@@ -49,7 +49,10 @@ class Sessions:
         self._worker, self._choice = worker, choice
         self._idle, self._sampling, self._system = idle, sampling, system
         self._tabs: dict[str, Session] = {}
-        self._freed: OrderedDict[str, None] = OrderedDict()
+        #: Why a tab's conversation is gone, for tabs that were heard of last.
+        self._freed: OrderedDict[str, str] = OrderedDict()
+        #: Called with the name of a tab whose conversation was freed.
+        self.when_freed: Callable[[str], None] = lambda tab: None
         self._lock = threading.Lock()
         for event in worker.stream(lambda desk, send: jobs.load(desk, send, choice)):
             if isinstance(event, About):
@@ -65,15 +68,14 @@ class Sessions:
     def open(self, tab: str) -> Session:
         """A new conversation for a tab; one that it had is closed."""
         self.close(tab)
+        self._freed.pop(tab, None)
         return self.get(tab)
 
     def get(self, tab: str) -> Session:
         """The conversation of a tab; a new one if it has none, which says so if it was freed."""
         with self._lock:
             if tab not in self._tabs:
-                minutes = self._idle / 60
-                freed = tab in self._freed
-                self._freed.pop(tab, None)
+                why = self._freed.pop(tab, None)
                 self._tabs[tab] = Session(
                     self._worker,
                     self._choice,
@@ -81,12 +83,7 @@ class Sessions:
                     sampling=self._sampling,
                     system=self._system,
                     examples=self._examples,
-                    notes=[
-                        f"What was said before was put away after {minutes:.0f} minutes without a "
-                        "question; this is a new conversation."
-                    ]
-                    if freed
-                    else [],
+                    notes=[f"{why} This is a new conversation."] if why else [],
                 )
             return self._tabs[tab]
 
@@ -99,21 +96,27 @@ class Sessions:
         """Free the conversation of a tab, and those whose names are that of the tab and "/..."."""
         with self._lock:
             gone = [name for name in self._tabs if name == tab or name.startswith(f"{tab}/")]
-            closed = [self._tabs.pop(name) for name in gone]
-        for session in closed:
-            session.close()
+        self._free(gone, "The page was not connected for a while, and what was said is gone.")
 
     def free_idle(self) -> None:
         """Free the conversations in which nothing was asked for too long."""
         with self._lock:
-            idle = {name: s for name, s in self._tabs.items() if s.idle() > self._idle}
-            for name in idle:
-                del self._tabs[name]
-                self._freed[name] = None
+            idle = [name for name, s in self._tabs.items() if s.idle() > self._idle]
+        minutes = self._idle / 60
+        self._free(
+            idle, f"What was said was put away after {minutes:.0f} minutes without a question."
+        )
+
+    def _free(self, names: Sequence[str], why: str) -> None:
+        with self._lock:
+            gone = [self._tabs.pop(name) for name in names if name in self._tabs]
+            self._freed |= dict.fromkeys(names, why)
             while len(self._freed) > _FREED:
                 self._freed.popitem(last=False)
-        for session in idle.values():
+        for session in gone:
             session.close()
+        for name in names:
+            self.when_freed(name)
 
     def close_all(self) -> None:
         """Free everything."""

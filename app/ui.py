@@ -79,9 +79,7 @@ def build(house: House) -> gr.Blocks:
             return label, precision, _other(precision)
 
         def closed(request: gr.Request) -> None:
-            tab = tab_of(request)
-            house.sessions.close(tab)  # and those of Compare
-            house.uploads.forget(tab)
+            house.sessions.close(tab_of(request))  # and those of Compare
 
         page.load(
             opened,
@@ -180,7 +178,9 @@ def running(
     with tempfile.TemporaryDirectory(prefix="agevlm-app-") as folder:
         # Where Gradio puts uploads and looks for files that it may serve.
         os.environ["GRADIO_TEMP_DIR"] = os.environ["GRADIO_EXAMPLES_CACHE"] = folder
-        page = build(House(sessions, Uploads(Path(folder)), extra_models, shared=share))
+        uploads = Uploads(Path(folder))
+        sessions.when_freed = uploads.forget
+        page = build(House(sessions, uploads, extra_models, shared=share))
         try:
             try:
                 page.launch(
@@ -192,6 +192,8 @@ def running(
                     quiet=True,
                     show_error=False,
                     max_threads=4 * WAITING,
+                    # Gradio keeps what a tab's components looked like after the tab is closed.
+                    state_session_capacity=WAITING,
                     max_file_size=MAX_UPLOAD,
                     footer_links=[],
                     run_history=False,

@@ -29,7 +29,9 @@ _STOP = frozenset(_STOP_WORDS.split())
 def content_words(text: str) -> Iterator[tuple[str, int, int]]:
     """The words of `text` that may name something to see: (word, start, end) in characters."""
     for match in re.finditer(r"[^\W\d_]+(?:['\u2019-][^\W\d_]+)*", text):
-        if match.group().lower() not in _STOP and len(match.group()) > 1:
+        word = match.group()
+        # A single letter names nothing; a single Chinese or Japanese character does.
+        if word.lower() not in _STOP and (len(word) > 1 or word > "\u2e7f"):
             yield match.group(), match.start(), match.end()
 
 

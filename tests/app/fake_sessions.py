@@ -2,7 +2,7 @@
 
 import secrets
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from agevlm_mlx.errors import UserError
@@ -154,6 +154,7 @@ class FakeSessions:
 
     def __init__(self, pause: float = 0.0) -> None:
         self.tabs: dict[str, FakeSession] = {}
+        self.when_freed: Callable[[str], None] = lambda tab: None
         self._pause = pause
 
     def open(self, tab: str) -> FakeSession:
@@ -166,6 +167,7 @@ class FakeSessions:
     def close(self, tab: str) -> None:
         for name in [name for name in self.tabs if name == tab or name.startswith(f"{tab}/")]:
             self.tabs.pop(name).stop()
+            self.when_freed(name)
 
     def by_key(self, key: str) -> FakeSession | None:
         return next((s for s in self.tabs.values() if s.key == key), None)
