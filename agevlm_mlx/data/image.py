@@ -83,7 +83,7 @@ def _is_heic(source: str | Path | bytes) -> bool:
         else:
             with Path(source).expanduser().open("rb") as file:
                 head = file.read(64)
-    except OSError:
+    except (OSError, ValueError, RuntimeError):  # a NUL in the name, a ~user unknown here
         return False
     if head[4:8] != b"ftyp":
         return False

@@ -48,6 +48,9 @@ window.host = {
     if (window.failing === "sentence") return {error: "The conversation is closed."};
     if (window.failing) throw new Error("no");
     const found = await answer(window.known.looks[query.exchange]);
+    if (window.thinned) return found; // of an old answer only the mean is kept
+    found.layer = query.layer == null ? null : [3, 7, 11][query.layer];
+    found.head = query.head;
     if (query.layer != null || query.head != null)
       for (const word of found.words)
         word.layers = word.layers.map((src) => src && `${src}#${query.layer},${query.head}`);
@@ -462,6 +465,21 @@ def test_another_layer_or_head_is_asked_for_once(shown):
     assert asked == [(None, None), (1, None), (1, 1), (None, 1)]
     # Words and underlines stay those of the mean.
     expect(shown.word("dog")).to_have_attribute("aria-pressed", "true")
+
+
+def test_the_mean_is_not_called_a_layer(shown):
+    shown.show(state(FIRST))
+    shown.page.evaluate("window.thinned = true")
+    shown.word("dog").click()
+    shown.page.locator("select.layer").select_option("layer 7")
+    expect(shown.caption).to_contain_text("dog (answered), mean of all layers:")
+
+
+def test_an_answer_can_be_checked(shown):
+    shown.show(state(FIRST))
+    shown.word("dog").click()
+    shown.page.locator("button.check").click()
+    assert shown.log("sent") == [["check", {"exchange": 1}]]
 
 
 def test_a_late_answer_belongs_to_what_is_chosen_now(shown):

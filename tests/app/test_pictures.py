@@ -15,18 +15,7 @@ from agevlm_mlx.data.image import MAX_PIXELS, load_image
 from agevlm_mlx.errors import UserError
 from app import pictures
 from app.pictures import MAX_UPLOAD, Shown, data_url, take
-
-#: EXIF orientation -> what a camera held that way did to the upright picture.
-HELD = {
-    1: None,
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_90,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_270,
-}
+from tests.app.held import HELD
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
