@@ -136,7 +136,15 @@ class Session:
     def retry(self, exchange: int) -> Iterator[State]:
         """Ask a question again; what came after it is dropped."""
         found = self._find(exchange)
+        if found and not self.busy and found.state == "done" and found.model == self.about.name:
+            self._notes += self._same_again()
         return self.edit(exchange, found.question if found else "")
+
+    def _same_again(self) -> list[str]:
+        chosen = self.sampling
+        why = "the seed is given" if chosen.seed is not None else "the temperature is 0"
+        sampled = chosen.temp > 0 and chosen.seed is None
+        return [] if sampled else [f"Asked again: {why}, so expect the same answer."]
 
     def stop(self) -> None:
         """End the answer that is being made, if any; what was said so far stays."""

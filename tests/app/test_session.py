@@ -317,8 +317,12 @@ def test_asked_again_the_answer_is_the_same_without_sampling(session, picture):
     (again,) = state["exchanges"]
     assert again["answer"] == first["answer"]
     assert again["id"] != first["id"]
+    assert again["notes"] == ["Asked again: the temperature is 0, so expect the same answer."]
+    session.sampling = Sampling(max_tokens=8, temp=1.0)
+    *_, sampled = session.retry(again["id"])
+    assert sampled["exchanges"][0]["notes"] == []
     (unchanged,) = session.retry(99)
-    assert unchanged["exchanges"] == state["exchanges"]
+    assert unchanged["exchanges"] == sampled["exchanges"]
 
 
 def test_a_new_conversation_knows_nothing(session, picture, tiny_talker):
