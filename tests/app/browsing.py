@@ -21,7 +21,15 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from playwright.sync_api import Browser, Locator, Page, Playwright, expect, sync_playwright
+from playwright.sync_api import (
+    Browser,
+    FilePayload,
+    Locator,
+    Page,
+    Playwright,
+    expect,
+    sync_playwright,
+)
 
 from agevlm_mlx.data.painting import Scene, make_scene
 
@@ -143,6 +151,11 @@ def running(folder: Path, *command: str | Path) -> Iterator[App]:
 # --- the page ----------------------------------------------------------------------------------
 
 
+def _png(file: tuple[str, bytes]) -> FilePayload:
+    name, data = file
+    return {"name": name, "mimeType": "image/png", "buffer": data}
+
+
 class Chat:
     """The page in one tab."""
 
@@ -176,6 +189,29 @@ class Chat:
             [{"name": name, "mimeType": kind, "buffer": data} for name, kind, data in chosen],
         )
         expect(self.page.locator("#message .thumbnail-item")).to_have_count(len(files))
+
+    def look_for(self, words: str, file: tuple[str, bytes]) -> Locator:
+        """Ask "Is it in the picture?" for some words; the rows of the table."""
+        self.page.get_by_role("tab", name="Is it in the picture?").click()
+        self.page.set_input_files("#presence-image input[type=file]", _png(file))
+        expect(self.page.locator("#presence-image img")).to_be_visible()
+        self.page.locator("#presence-text textarea").fill(words)
+        self.page.locator("#presence-ask").click()
+        rows = self.page.locator("#presence-out tbody tr")
+        expect(rows.nth(words.count(","))).to_be_visible()
+        return rows
+
+    def compare(self, text: str, file: tuple[str, bytes]) -> None:
+        """Ask two models, and wait for both answers."""
+        self.page.get_by_role("tab", name="Compare").click()
+        self.page.set_input_files("#compare-message input[type=file]", _png(file))
+        expect(self.page.locator("#compare-message .thumbnail-item")).to_have_count(1)
+        box = self.page.locator("#compare-message textarea")
+        box.fill(text)
+        box.press("Enter")
+        for side in ("left", "right"):
+            exchange = self.page.locator(f"#compare-{side} li.exchange").last
+            expect(exchange).to_have_attribute("data-state", "done")
 
     def send(self, text: str, *files: tuple[str, bytes]) -> Locator:
         """Ask without waiting for the answer; the new exchange.

@@ -50,22 +50,7 @@ def test_a_failed_exchange(chat):
 
 
 def test_the_answers_of_the_other_tabs(chat):
-    tab(chat, "Is it in the picture?")
-    name, data = picture(scene(2))
-    chosen = {"name": name, "mimeType": "image/png", "buffer": data}
-    chat.page.set_input_files("#presence-image input[type=file]", chosen)
-    expect(chat.page.locator("#presence-image img")).to_be_visible()
-    chat.page.locator("#presence-text textarea").fill("house, fish")
-    chat.page.locator("#presence-ask").click()
-    expect(chat.page.locator("#presence-out tbody tr").nth(1)).to_be_visible()
+    chat.look_for("house, fish", picture(scene(2)))
     check(chat, "Is it in the picture?")
-    tab(chat, "Compare")
-    chat.page.set_input_files("#compare-message input[type=file]", chosen)
-    expect(chat.page.locator("#compare-message .thumbnail-item")).to_have_count(1)
-    box = chat.page.locator("#compare-message textarea")
-    box.fill("Is there a house?")
-    box.press("Enter")
-    for side in ("left", "right"):
-        answered = chat.page.locator(f"#compare-{side} .answered")
-        expect(answered).to_contain_text("Yes")
+    chat.compare("Is there a house?", picture(scene(2)))
     check(chat, "Compare")

@@ -422,16 +422,7 @@ def test_a_model_that_fails_says_so_and_the_app_goes_on(misbehaving, new_context
 
 
 def test_is_it_in_the_picture(chat, tmp_path):
-    chat.page.get_by_role("tab", name="Is it in the picture?").click()
-    name, data = picture(scene(2))
-    chat.page.set_input_files(
-        "#presence-image input[type=file]",
-        {"name": name, "mimeType": "image/png", "buffer": data},
-    )
-    expect(chat.page.locator("#presence-image img")).to_be_visible()
-    chat.page.locator("#presence-text textarea").fill("house, fish")
-    chat.page.locator("#presence-ask").click()
-    rows = chat.page.locator("#presence-out tbody tr")
+    rows = chat.look_for("house, fish", picture(scene(2)))
     yes = {}
     for noun in ("house", "fish"):
         row = rows.filter(has_text=noun).first
@@ -441,16 +432,7 @@ def test_is_it_in_the_picture(chat, tmp_path):
 
 
 def test_two_models_side_by_side(chat):
-    chat.page.get_by_role("tab", name="Compare").click()
-    name, data = picture(scene(2))
-    chat.page.set_input_files(
-        "#compare-message input[type=file]",
-        {"name": name, "mimeType": "image/png", "buffer": data},
-    )
-    expect(chat.page.locator("#compare-message .thumbnail-item")).to_have_count(1)
-    box = chat.page.locator("#compare-message textarea")
-    box.fill("Is there a house?")
-    box.press("Enter")
+    chat.compare("Is there a house?", picture(scene(2)))
     for side in ("left", "right"):
         exchange = chat.page.locator(f"#compare-{side} li.exchange")
         expect(exchange).to_have_attribute("data-state", "done")
