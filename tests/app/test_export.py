@@ -162,5 +162,5 @@ def test_the_files_of_the_component_can_stand_in_a_page():
     selectors = re.sub(r"/\*.*?\*/", "", export.style(), flags=re.DOTALL)
     for rule in re.findall(r"(?m)^ *([^@{};\n][^{};]*)\{", selectors):
         for one in rule.split(","):
-            scoped = ".looking" in one or re.fullmatch(r"\s*(from|to|\d+%)\s*", one)
-            assert scoped, f"{one}: not under .looking"
+            own = re.search(r"\.(looking|presence)\b", one)
+            assert own or re.fullmatch(r"\s*(from|to|\d+%)\s*", one), f"{one}: not of ours"
