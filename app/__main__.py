@@ -11,7 +11,7 @@ import sys
 import threading
 import webbrowser
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +21,7 @@ from agevlm_mlx.errors import UserError, command
 
 if TYPE_CHECKING:
     from .sessions import Sessions
+    from .ui import Addresses
 
 _EXAMPLES = """
 examples:
@@ -43,28 +44,22 @@ def main(argv: list[str] | None = None) -> int:
     auth = _auth(args)
     _check(args)
     chosen = sampling.from_arguments(args)
-    port = _port(args.port)
+    _port(args.port)  # before anything is loaded
     # Leaving as Ctrl-C does: with nothing left behind.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
-        _show(args, chosen, port, auth)
+        _show(args, chosen, auth)
     finally:
         signal.signal(signal.SIGTERM, before)
     return 0
 
 
-def _show(
-    args: argparse.Namespace, chosen: sampling.Sampling, port: int, auth: list[tuple[str, str]]
-) -> None:
-    from . import ui, window
+def _show(args: argparse.Namespace, chosen: sampling.Sampling, auth: list[tuple[str, str]]) -> None:
+    from . import window
 
-    page = {"port": port, "share": args.share, "auth": auth, "extra_models": args.models}
-    with (
-        _sessions(args, chosen) as (sessions, name),
-        ui.running(sessions, **page) as addresses,
-    ):
-        if args.port is None and port != PORTS[0]:
-            print(f"Port {PORTS[0]} is taken by another program; this is {port}.", file=sys.stderr)
+    with ExitStack() as stack:
+        sessions, name = stack.enter_context(_sessions(args, chosen))
+        addresses = _serve(stack, args, sessions, auth)
         ends = "closing the window ends it" if args.window else "Ctrl-C ends it"
         print(f"AgeVLM is at {addresses.local} with {name}; {ends}.", flush=True)
         if addresses.public:
@@ -75,6 +70,28 @@ def _show(
             if args.browser:
                 webbrowser.open(addresses.local)
             _wait()
+
+
+def _serve(
+    stack: ExitStack, args: argparse.Namespace, sessions: "Sessions", auth: list[tuple[str, str]]
+) -> "Addresses":
+    """Open the page, until `stack` is left; a free port that another program was faster to take
+    is passed over, unless it was asked for."""
+    from . import ui
+
+    page = {"share": args.share, "auth": auth, "extra_models": args.models}
+    attempts = len(PORTS) if args.port is None else 1
+    while True:
+        port, attempts = _port(args.port), attempts - 1
+        try:
+            addresses = stack.enter_context(ui.running(sessions, port=port, **page))
+            break
+        except ui.PortTaken:
+            if not attempts:
+                raise
+    if args.port is None and port != PORTS[0]:
+        print(f"Port {PORTS[0]} is taken by another program; this is {port}.", file=sys.stderr)
+    return addresses
 
 
 @contextmanager

@@ -1,13 +1,16 @@
 """Which folders of this computer are checkpoints of ours. Reads headers only, needs no MLX."""
 
 import json
+import math
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub import constants, try_to_load_from_cache
+from safetensors import SafetensorError, safe_open
 
 #: Folders beyond which a place is not searched any further.
 _MOST = 2000
@@ -43,31 +46,26 @@ def _subfolders(folder: Path) -> list[Path]:
 
 def cached() -> Iterator[tuple[str, Path]]:
     """(hub id, folder) of every model in the hub's cache, whatever its kind."""
-    for folder in _subfolders(_hub_cache()):
+    # Not scan_cache_dir: it looks at every file of the cache, which may be huge.
+    for folder in _subfolders(Path(constants.HF_HUB_CACHE)):
         kind, _, rest = folder.name.partition("--")
-        if kind == "models" and (snapshot := _main_revision(folder)):
-            yield rest.replace("--", "/", 1), snapshot
+        repo = rest.replace("--", "/", 1)
+        if kind == "models" and (snapshot := _snapshot(repo)):
+            yield repo, snapshot
 
 
 def in_cache(repo: str) -> Path | None:
     """The folder of a hub id in the hub's cache if it is a whole checkpoint of ours."""
-    folder = _main_revision(_hub_cache() / f"models--{repo.replace('/', '--')}")
+    folder = _snapshot(repo)
     return folder if folder and describe(folder) else None
 
 
-def _hub_cache() -> Path:
-    from huggingface_hub import constants
-
-    return Path(constants.HF_HUB_CACHE)
-
-
-def _main_revision(folder: Path) -> Path | None:
+def _snapshot(repo: str) -> Path | None:
     try:
-        revision = (folder / "refs" / "main").read_text(encoding="utf-8").strip()
-    except (OSError, ValueError):
+        found = try_to_load_from_cache(repo, "config.json", cache_dir=constants.HF_HUB_CACHE)
+    except (OSError, ValueError):  # a damaged cache, an id that cannot be one
         return None
-    snapshot = folder / "snapshots" / revision
-    return snapshot if re.fullmatch(r"\w+", revision) and snapshot.is_dir() else None
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def describe(folder: Path) -> str | None:
@@ -78,18 +76,20 @@ def describe(folder: Path) -> str | None:
             (folder / name).is_file() for name in ("tokenizer.json", "preprocessor_config.json")
         ):
             return None
-        sizes: Counter[str] = Counter()
+        numbers: Counter[str] = Counter()
+        size = 0
         for name in _weight_files(folder):
-            sizes += _bytes_by_dtype(folder / name)
+            numbers += _numbers_by_dtype(folder / name)
+            size += (folder / name).stat().st_size
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None  # damaged in one way or another
-    if not sizes:
+    if not numbers:
         return None
-    quantization, most = config.get("quantization"), sizes.most_common(1)[0][0]
+    quantization, most = config.get("quantization"), numbers.most_common(1)[0][0]
     precision = _DTYPES.get(most, most.lower())
     if isinstance(quantization, dict):
         precision = f"{quantization.get('bits')} bits"
-    return f"{precision}, {megabytes(sizes.total())}"
+    return f"{precision}, {megabytes(size)}"
 
 
 def _weight_files(folder: Path) -> list[str]:
@@ -108,19 +108,14 @@ def _json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _bytes_by_dtype(path: Path) -> Counter[str]:
-    """Of a safetensors file, from its header; ``ValueError`` if the file is shorter than that."""
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > _LARGEST_JSON:
-            raise ValueError
-        header = json.loads(file.read(length))
-        room = file.seek(0, os.SEEK_END) - 8 - length
+def _numbers_by_dtype(path: Path) -> Counter[str]:
+    """How many numbers of each type a safetensors file holds; ``ValueError`` if it is damaged."""
     found: Counter[str] = Counter()
-    for name, about in header.items():
-        if name != "__metadata__":
-            start, end = about["data_offsets"]
-            if not 0 <= start <= end <= room:
-                raise ValueError
-            found[str(about["dtype"])] += end - start
+    try:
+        with safe_open(path, framework="numpy") as file:
+            for key in file.keys():  # noqa: SIM118
+                part = file.get_slice(key)
+                found[part.get_dtype()] += math.prod(part.get_shape())
+    except SafetensorError as error:
+        raise ValueError(error) from None
     return found

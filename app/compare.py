@@ -10,8 +10,8 @@ import gradio as gr
 from agevlm_mlx.errors import UserError
 
 from . import parts
-from .parts import ANSWERS, AT_ONCE, House, sentence
-from .session import Session
+from .parts import ANSWERS, AT_ONCE, House
+from .session import Session, sentence
 from .tabs import EMPTY, asked_again, message_box, taken, unchanged
 
 SIDES = ("left", "right")
@@ -75,7 +75,8 @@ def compare_tab(house: House, settings: list[Any]) -> Compare:
                 emptied = first and not number and taken(before, state)
                 yield *shown, told, EMPTY if emptied else gr.skip(), running
                 first = False
-            if shown[number]["exchanges"][-1]["state"] == "stopped":
+            last = shown[number]["exchanges"][-1:]
+            if not last or last[0]["state"] == "stopped":  # stopped, or begun anew
                 break
         ended = [session.state() for session in sessions]
         told += stats_html(ended)

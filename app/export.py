@@ -7,10 +7,13 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 #: What is built upon comes first.
 _SCRIPTS = ("page_parts.js", "page_sources.js", "page_exchange.js", "page_stage.js", "page.js")
+if TYPE_CHECKING:
+    from .session import Session
+
 FORMAT, VERSION = "agevlm-conversation", 1
 
 #: What of an exchange and of a word is kept; anything else (the tab's key, maps) stays behind.
@@ -28,6 +31,29 @@ def script() -> str:
 def style() -> str:
     """page.css, all of it under `.looking`."""
     return _read("page.css")
+
+
+def as_json(session: "Session") -> str:
+    """The conversation and where its words looked, without pictures."""
+    told = document(session.state(), _looks(session), _pictures(session))
+    return json.dumps(told, indent=2, ensure_ascii=False)
+
+
+def as_html(session: "Session") -> str:
+    """The conversation as a page of its own, with its pictures and maps."""
+    state = session.state()
+    first = next((e["question"] for e in state["exchanges"] if e["question"]), "A conversation")
+    title = first if len(first) <= 80 else f"{first[:79]}…"
+    return page(state, _looks(session), _pictures(session), title, session.facts())
+
+
+def _looks(session: "Session") -> dict[int, dict[str, Any]]:
+    ids = [e["id"] for e in session.state()["exchanges"] if e["state"] in ("done", "stopped")]
+    return {number: session.looks(number) for number in ids}
+
+
+def _pictures(session: "Session") -> list[dict[str, Any]]:
+    return session.pictures([i for e in session.state()["exchanges"] for i in e["pictures"]])
 
 
 def document(

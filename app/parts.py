@@ -15,7 +15,7 @@ from agevlm_mlx.errors import UserError
 
 from . import catalogue, export
 from .catalogue import Choice
-from .session import Session
+from .session import Session, sentence
 from .sessions import Sessions
 from .uploads import Uploads
 
@@ -104,13 +104,6 @@ def tab_of(request: gr.Request) -> str:
     return request.session_hash or ""
 
 
-def sentence(error: Exception) -> str:
-    """An error of ours as a sentence; a name that it begins with stays as it is."""
-    told = str(error).rstrip(".")
-    first = told.split(" ", 1)[0]
-    return (told if {*".:/"} & {*first} else told[:1].upper() + told[1:]) + "."
-
-
 # --- the conversation ----------------------------------------------------------------------------
 
 
@@ -153,8 +146,8 @@ def conversation(house: House, name: str, side: str = "") -> gr.HTML:
     def download(query: Any) -> Any:
         def work(session: Session, query: dict[str, Any]) -> Any:
             if query.get("format") == "html":
-                return {"name": "conversation.html", "text": session.export_html()}
-            return {"name": "conversation.json", "text": session.export_json()}
+                return {"name": "conversation.html", "text": export.as_html(session)}
+            return {"name": "conversation.json", "text": export.as_json(session)}
 
         return safely(query, work)
 

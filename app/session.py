@@ -1,6 +1,5 @@
 """One tab's conversation, as plain data; the model's own side of it lies on the desk."""
 
-import json
 import secrets
 import threading
 import time
@@ -14,7 +13,7 @@ from agevlm_mlx.errors import UserError
 from agevlm_mlx.evaluation.presence import Examined
 from agevlm_mlx.sampling import Sampling
 
-from . import export, jobs, presence
+from . import jobs, presence
 from .catalogue import Choice, told
 from .desk import Desk
 from .exchange import Exchange
@@ -224,24 +223,6 @@ class Session:
             if pictures := one.seen or one.pictures:
                 return pictures[-1]
         raise UserError("expected a picture; drop one here, or show one in the chat first")
-
-    def export_json(self) -> str:
-        """The conversation and where its words looked, without pictures."""
-        told = export.document(self.state(), self._all_looks(), self._all_pictures())
-        return json.dumps(told, indent=2, ensure_ascii=False)
-
-    def export_html(self) -> str:
-        """The conversation as a page of its own, with its pictures and maps."""
-        first = next((e.question for e in self._exchanges if e.question), "A conversation")
-        title = first if len(first) <= 80 else f"{first[:79]}…"
-        looks, pictures = self._all_looks(), self._all_pictures()
-        return export.page(self.state(), looks, pictures, title, self.facts())
-
-    def _all_looks(self) -> dict[int, dict[str, Any]]:
-        return {e.id: e.where() for e in list(self._exchanges) if e.ended}
-
-    def _all_pictures(self) -> list[dict[str, Any]]:
-        return self.pictures([s.id for e in list(self._exchanges) for s in e.pictures])
 
     def close(self) -> None:
         """Stop what is under way and let go of everything; nothing can be asked any more."""

@@ -11,8 +11,8 @@ import gradio as gr
 from agevlm_mlx.errors import UserError
 
 from . import parts
-from .parts import ANSWERS, AT_ONCE, House, sentence
-from .session import Session
+from .parts import ANSWERS, AT_ONCE, House
+from .session import Session, sentence
 
 #: The second tab of the page, and how a script goes there.
 PRESENCE = "Is it in the picture?"
@@ -26,7 +26,7 @@ EMPTY = {"text": "", "files": []}
 _TRIES = ("dog, house, fish", "a red car", "A big blue bird is on the left.")
 _HEADER = (
     '<div class="frame-header"><h1>AgeVLM: see where every word looks</h1><p>{name}</p>'
-    '<p class="here">Everything stays on this computer</p></div>'
+    '<p class="here">{where}</p></div>'
 )
 
 

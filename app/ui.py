@@ -38,6 +38,10 @@ new MutationObserver(repair).observe(document, {childList: true, subtree: true})
 """
 
 
+class PortTaken(UserError):
+    """Another program has the port."""
+
+
 @dataclass(frozen=True)
 class Addresses:
     """Where the page is; no slash at the end. public: only with ``share``."""
@@ -172,7 +176,7 @@ def running(
 ) -> Iterator[Addresses]:
     """The page, served in threads of its own while the block runs; `sessions` stay open.
 
-    ``UserError`` if the port is taken, or if `share` gave no address.
+    `PortTaken`, or ``UserError`` if `share` gave no address.
     """
     _no_proxy()
     with tempfile.TemporaryDirectory(prefix="agevlm-app-") as folder:
@@ -206,7 +210,7 @@ def running(
                     head=_head(),
                 )
             except OSError:
-                raise UserError(
+                raise PortTaken(
                     f"--port: {port} cannot be opened; it is taken, or this computer is too busy: "
                     "try again, or pass another one"
                 ) from None

@@ -184,6 +184,12 @@ class Worker:
     def _next(self) -> _Job | None:
         """The next job, as soon as there is one; None once closed."""
         while True:
+            if time.monotonic() - self._ticked >= TICK:
+                self._ticked = time.monotonic()
+                try:
+                    self.idle()
+                except Exception:
+                    traceback.print_exc(file=sys.stderr)
             with self._change:
                 self._running = None
                 if not self._waiting and not self._closed:
@@ -194,11 +200,7 @@ class Worker:
                     self._running = self._waiting.popleft()
                     self._running.events.put(Ahead(0))
                     self._tell()
-            if time.monotonic() - self._ticked >= TICK:
-                self._ticked = time.monotonic()
-                self.idle()
-            if self._running:
-                return self._running
+                    return self._running
 
     def _run(self, desk: Desk, job: _Job) -> None:
         error: Exception | None = RuntimeError("the model's thread ended; ask again")

@@ -142,12 +142,6 @@ class FakeSession:
     def pictures(self, ids: list[str]) -> list[dict[str, Any]]:
         return []
 
-    def export_json(self) -> str:
-        return "{}"
-
-    def export_html(self) -> str:
-        return "<!doctype html>"
-
 
 class FakeSessions:
     """The contract of `app.session.Sessions`."""

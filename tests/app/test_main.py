@@ -29,10 +29,16 @@ class Page:
         self.sessions: Any = None
         self.closed = False
         self.public: str | None = None
+        self.taken: set[int] = set()  # since it was looked at
         self.meanwhile: Callable[[], None] = lambda: None
+
+    class PortTaken(UserError):
+        pass
 
     @contextmanager
     def running(self, sessions: Any, **given: Any) -> Iterator[Any]:
+        if given["port"] in self.taken:
+            raise self.PortTaken(f"--port: {given['port']} cannot be opened")
         self.sessions, self.given = sessions, given
         try:
             local = f"http://127.0.0.1:{given['port']}"
@@ -185,6 +191,29 @@ def test_the_next_port_is_taken_and_that_is_said(page, capsys, monkeypatch):
     assert "http://127.0.0.1:7863 " in out
     assert "Port 7860 is taken by another program; this is 7863." in error
     assert page.given["port"] == 7863
+
+
+def test_a_port_that_another_program_was_faster_to_take(page, capsys):
+    page.taken = {7860, 7861}  # though they were free a moment ago
+
+    def is_free(port: int) -> bool:
+        return port not in tried or port not in page.taken
+
+    tried: list[int] = []
+    running = page.running
+
+    def run(sessions: Any, **given: Any) -> Any:
+        tried.append(given["port"])
+        return running(sessions, **given)
+
+    page.running = run
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "_is_free", is_free)
+        assert command.main([]) == 130
+        assert tried == [7860, 7861, 7862]
+        assert "is taken by another program; this is 7862." in capsys.readouterr().err
+        assert command.main(["--port", "7861"]) == 2
+    assert "--port: 7861" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("port", ["0", "70000", "-1"])

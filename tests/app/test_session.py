@@ -18,7 +18,7 @@ from agevlm_mlx.generation import generate
 from agevlm_mlx.sampling import Sampling
 from agevlm_mlx.weights import Loaded
 from app import desk as desk_module
-from app import jobs
+from app import export, jobs
 from app import session as session_module
 from app.catalogue import Choice
 from app.desk import Desk
@@ -447,8 +447,8 @@ def test_a_concat_model_shows_the_maps_that_it_has(session, noise):
     assert [p["name"] for p in session.pictures(looks["pictures"])] == ["a.png"]
     assert {len(word["layers"]) for word in looks["words"]} == {1}
     assert "only pictures of the first message" in looks["note"]
-    assert json.loads(session.export_json())["exchanges"][1]["words"]
-    assert session.export_html()
+    assert json.loads(export.as_json(session))["exchanges"][1]["words"]
+    assert export.as_html(session)
 
 
 def test_a_failing_model_is_a_sentence_and_the_next_question_works(session, picture, monkeypatch):
@@ -500,11 +500,11 @@ def test_maps_of_old_answers_are_thinned(session, picture, monkeypatch):
 
 def test_the_conversation_can_be_kept(session, picture):
     ask(session, "Where is the </script> car?", picture)
-    kept = json.loads(session.export_json())
+    kept = json.loads(export.as_json(session))
     assert kept["format"] == "agevlm-conversation"
     (exchange,) = kept["exchanges"]
     assert exchange["words"]
-    page = session.export_html()
+    page = export.as_html(session)
     assert page.count("</script>") == page.count("<script")
     for text in (page, json.dumps(kept)):
         assert session.key not in text

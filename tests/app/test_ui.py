@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("gradio")
 
 from agevlm_mlx.errors import UserError
-from app import catalogue, ui
+from app import catalogue, tabs, ui
 from tests.app.fake_sessions import FakeSessions
 from tests.app.tab import Tab
 
@@ -278,6 +278,31 @@ def test_compare(served, tab):
     assert tab["compare-message"] == {"text": "", "files": []}
     tab.happen("click", "compare-new")
     assert tab["compare-left"]["exchanges"] == tab["compare-right"]["exchanges"] == []
+
+
+def test_the_header_says_where_what_you_show_goes():
+    alone, shared = (tabs.header_html("a <model>", shared) for shared in (False, True))
+    assert "Everything stays on this computer" in alone
+    assert "a &lt;model&gt;" in alone
+    assert "What you show goes to the computer that shares this page" in shared
+    assert "{" not in alone + shared
+
+
+def test_a_new_comparison_while_the_first_answers(served, tab):
+    tab["compare-message"] = {"text": "Is there a dog?", "files": []}
+
+    def begin_anew() -> None:
+        until(lambda: getattr(served.sessions.tabs.get(tab.name + "/left"), "busy", False))
+        # What the button does, from another line of the same tab.
+        for side in ("/left", "/right"):
+            served.session(tab, side).reset()
+
+    other = threading.Thread(target=begin_anew)
+    other.start()
+    tab.happen("submit", "compare-message")  # asserts that it succeeded
+    other.join()
+    assert tab["compare-left"]["exchanges"] == tab["compare-right"]["exchanges"] == []
+    assert tab["compare-message"] == {"text": "", "files": []}
 
 
 def test_compare_with_a_model_that_is_missing(served, tab):

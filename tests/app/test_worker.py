@@ -172,6 +172,18 @@ def test_now_and_then_it_has_time_for_others(monkeypatch):
         worker.close()
 
 
+def test_what_fails_now_and_then_takes_no_job_with_it(monkeypatch, capsys):
+    monkeypatch.setattr(worker_module, "TICK", 0.01)
+    worker = Worker(lambda: Desk(no_model), lambda: 1 / 0)
+    try:
+        thread = worker.call(lambda desk: threading.current_thread())
+        time.sleep(0.05)
+        assert worker.call(lambda desk: threading.current_thread()) is thread
+    finally:
+        worker.close()
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
 def test_many_threads_at_once(worker):
     got = {}
 
