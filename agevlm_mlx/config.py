@@ -10,7 +10,7 @@ import json
 import tomllib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -121,10 +121,14 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not valid TOML: {error}") from None
 
 
-def read_json(path: Path) -> Any:
-    """The value of a JSON file; ``UserError`` names the file and line when it is malformed."""
+def read_json(path: Path, keep: Callable[[dict[str, Any]], Any] | None = None) -> Any:
+    """The value of a JSON file; ``UserError`` names the file and line when it is malformed.
+
+    keep: what each object becomes as soon as it is read, so that of a huge file only what is
+    wanted stays in memory.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), object_hook=keep)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except json.JSONDecodeError as error:

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from . import atomic, config, errors, parallel
+from .benchmarks import benchmark
 from .data.image import Preprocessor
 from .errors import UserError
-from .evaluation import files, gallery, report, report_page
+from .evaluation import compare, files, gallery, report, report_page
 from .evaluation.machine import machine, on_metal, versions
 from .evaluation.scene_folder import read_scene_folder
 from .models.agevlm import AgeVLM
@@ -301,6 +302,7 @@ def _evaluate(demo: Demo) -> None:
             f"evaluate {arm}": [
                 "evaluate", "--benchmark", "scenes", "--data", str(demo.test),
                 "--model", str(demo.out / arm), "--out", str(results),
+                "--fresh",  # the code may have changed, which answers do not tell
             ]
             for arm in RECIPES
         }
@@ -309,7 +311,15 @@ def _evaluate(demo: Demo) -> None:
         "evaluate",
         lambda: demo.run(tasks, together=not on_metal(), env=ONE_THREAD),
         inputs=[demo.steps.key("scenes"), demo.steps.key("train")],
-        code=["data", "models", "evaluation", "evaluate.py"],
+        code=[
+            "benchmarks",
+            "data",
+            "models",
+            "evaluation",
+            "evaluate.py",
+            "generation.py",
+            "respondents.py",
+        ],
         makes=[results / f"scenes-{arm}.{kind}" for arm in RECIPES for kind in ("json", "jsonl")],
     )
 
@@ -335,15 +345,14 @@ def _report(demo: Demo, train_seconds: dict[str, float]) -> None:
     evaluations, answers, geometry, curves = {}, {}, {}, {}
     for arm in report.ARMS:
         stem = demo.out / "results" / f"scenes-{arm}"
-        evaluations[arm] = config.read_json(stem.with_name(stem.name + ".json"))
-        text = stem.with_name(stem.name + ".jsonl").read_text(encoding="utf-8")
-        answers[arm] = [json.loads(line) for line in text.splitlines()]
+        evaluations[arm], answers[arm] = compare.read_result(stem)
         source = demo.out / arm / "preprocessor_config.json"
         preprocessor = Preprocessor.from_dict(config.read_json(source), str(source))
         geometry[arm] = (preprocessor, tuple(evaluations[arm]["model"]["grid"]))
         curves[arm] = read_metrics(demo.out / arm / "metrics.jsonl")
     cards = gallery.cards(folder.items, answers, geometry)
     result = report.assemble(
+        benchmark("scenes"),
         evaluations,
         answers,
         train_seconds,

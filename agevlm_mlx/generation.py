@@ -313,12 +313,28 @@ def batch_generate(
     given = [()] * len(prompts) if images is None else images
     if len(given) != len(prompts):
         raise UserError(f"images: expected {len(prompts)}, one entry a prompt, got {len(given)}")
-    if not isinstance(tokenizer, TokenizerWrapper):
-        tokenizer = TokenizerWrapper(tokenizer)
     store = ImageStore(model, preprocessor)
     asked = [
         read(tokenizer, as_turns(p, as_list(i)), store) for p, i in zip(prompts, given, strict=True)
     ]
+    texts = dict(
+        batch_answers(model, tokenizer, asked, sampling, completion_batch_size, prefill_batch_size)
+    )
+    return [texts[n] for n in range(len(asked))]
+
+
+def batch_answers(
+    model: "AgeVLM",
+    tokenizer: Any,
+    asked: Sequence[Prompt],
+    sampling: Sampling,
+    completion_batch_size: int = 32,
+    prefill_batch_size: int = 8,
+) -> Generator[tuple[int, str], None, None]:
+    """(number, answer) of each prompt, in the order in which the answers end; see
+    `batch_generate`. Closing the generator stops it."""
+    if not isinstance(tokenizer, TokenizerWrapper):
+        tokenizer = TokenizerWrapper(tokenizer)
     batch = BatchGenerator(
         model,
         stop_tokens=[[token] for token in tokenizer.eos_token_ids],
@@ -326,7 +342,7 @@ def batch_generate(
         prefill_batch_size=prefill_batch_size,
     )
     try:
-        return _run(batch, model, tokenizer, asked, sampling)
+        yield from _run(batch, model, tokenizer, asked, sampling)
     finally:
         batch.close()
 
@@ -337,8 +353,8 @@ def _run(
     tokenizer: Any,
     asked: Sequence[Prompt],
     sampling: Sampling,
-) -> list[str]:
-    answers = [_Answer(tokenizer, sampling.stop) for _ in asked]
+) -> Iterator[tuple[int, str]]:
+    answers: dict[int, _Answer] = {}
     rows: dict[int, int] = {}
     waiting = list(range(len(asked)))[::-1]
     while waiting or rows:
@@ -356,17 +372,17 @@ def _run(
                 samplers=[sampling.sampler()],
                 logits_processors=[sampling.logits_processors()],
             )
-            rows[uid] = n
+            rows[uid], answers[uid] = n, _Answer(tokenizer, sampling.stop)
         for reply in batch.next_generated():
-            answer = answers[rows[reply.uid]]
+            answer = answers[reply.uid]
             if reply.finish_reason != "stop":
                 answer.add(reply.token)
-            if reply.finish_reason is not None:
-                del rows[reply.uid]
-            elif answer.stop.stopped:
+            if reply.finish_reason is None and answer.stop.stopped:
                 batch.remove([reply.uid])
-                del rows[reply.uid]
-    return [answer.whole() for answer in answers]
+            elif reply.finish_reason is None:
+                continue
+            del answers[reply.uid]
+            yield rows.pop(reply.uid), answer.whole()
 
 
 class _Answer:

@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from .errors import NO_ROOM, UserError
 
 
-def download(repo: str, patterns: Sequence[str]) -> Path:
+def download(
+    repo: str, patterns: Sequence[str], kind: Literal["model", "dataset"] = "model"
+) -> Path:
     """The folder with those files of a repository that match one of the `patterns`; they come
     from the hub's cache when they are in it.
 
@@ -14,9 +17,12 @@ def download(repo: str, patterns: Sequence[str]) -> Path:
     """
     from huggingface_hub import errors, snapshot_download
 
-    wanted = f"{repo}: no such folder here, so its config.json was wanted from the hub"
+    what, page, flag = "its config.json was", repo, ""
+    if kind == "dataset":
+        what, page, flag = "its files were", f"datasets/{repo}", " --repo-type dataset"
+    wanted = f"{repo}: no such folder here, so {what} wanted from the hub"
     try:
-        return Path(snapshot_download(repo, allow_patterns=list(patterns)))
+        return Path(snapshot_download(repo, repo_type=kind, allow_patterns=list(patterns)))
     except errors.HFValidationError:
         raise UserError(
             f"{repo}: no such folder; pass a folder or a hub id like org/name"
@@ -24,7 +30,7 @@ def download(repo: str, patterns: Sequence[str]) -> Path:
     except errors.GatedRepoError:
         raise UserError(
             f"{wanted}, which asks for its conditions to be accepted: do so on "
-            f"https://huggingface.co/{repo}, then `hf auth login`"
+            f"https://huggingface.co/{page}, then `hf auth login`"
         ) from None
     except errors.RepositoryNotFoundError:
         raise UserError(
@@ -41,5 +47,10 @@ def download(repo: str, patterns: Sequence[str]) -> Path:
             reason = f"cannot be reached ({lines[0]})"
         raise UserError(
             f"{wanted}, which {reason}; pass a folder: where there is a network, "
-            f"`hf download {repo} --local-dir {repo.partition('/')[2]}` makes one"
+            f"`hf download {repo}{flag} --local-dir {repo.partition('/')[2]}` makes one"
         ) from None
+
+
+def download_dataset(repo: str) -> Path:
+    """The folder with all files of a dataset's repository; the same errors."""
+    return download(repo, ["*"], "dataset")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from .data.nouns import SPLITS
 from .data.scenes import write_scenes
+from .data.styles import STYLES
 from .errors import command
 
 EXAMPLES = """splits:
@@ -15,9 +16,17 @@ EXAMPLES = """splits:
   combos             pairs of nouns that never share a picture in train
   nouns              nouns that train does not have
 
+styles (the same nouns and questions in another look, to test with):
+  plain              what train looks like
+  recoloured         every object in other colours
+  outlined           line drawings on paper
+  blurred            out of focus
+  scaled             objects smaller and larger than any of train, in other places
+
 examples:
   agevlm scenes --out runs/scenes/train --n 5000 --seed 1
   agevlm scenes --out runs/scenes/test --n 500 --seed 2 --split test
+  agevlm scenes --out runs/scenes/outlined --n 500 --seed 2 --split test --style outlined
 """
 
 
@@ -35,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--n", type=int, default=1000, help="pictures (default: 1000)")
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     parser.add_argument("--split", choices=SPLITS, default="train", help="default: train")
+    parser.add_argument("--style", choices=STYLES, default="plain", help="default: plain")
     args = parser.parse_args(argv)
 
     started = time.time()
@@ -44,13 +54,14 @@ def main(argv: list[str] | None = None) -> int:
             left = (time.time() - started) * (n - done) / done
             print(f"\rscenes {done}/{n}, {left:.0f} s left ", end="", file=sys.stderr, flush=True)
 
-    made = write_scenes(args.out, args.n, args.seed, args.split, progress)
+    made = write_scenes(args.out, args.n, args.seed, args.split, progress, args.style)
     if sys.stderr.isatty() and made:
         print(file=sys.stderr)
+    kind = args.split if args.style == "plain" else f"{args.style} {args.split}"
     if made:
-        print(f"{args.out}: {args.n} {args.split} scenes in {time.time() - started:.1f} s")
+        print(f"{args.out}: {args.n} {kind} scenes in {time.time() - started:.1f} s")
     else:
-        print(f"{args.out}: already there, {args.n} {args.split} scenes with this seed")
+        print(f"{args.out}: already there, {args.n} {kind} scenes with this seed")
     return 0
 
 

@@ -96,9 +96,9 @@ def with_p_yes(asker: Asker, words: list[Word]) -> Iterator[Word]:
     prompts: list[list[list[int]]] = [[] for _ in asker.geometries]
     for word in words:
         prompts[word.image].append(asker.prompt(presence_question(word.noun, False)))
-    margins = [iter(row) for row in asker.next_logits(prompts)]
+    margins = [iter(row) for row in asker.margins(prompts)]
     for word in words:
-        margin, _ = next(margins[word.image])
+        margin = next(margins[word.image])
         yield word._replace(scores=(*word.scores, 1 / (1 + float(np.exp(-margin)))))
 
 

@@ -11,7 +11,7 @@ from huggingface_hub import errors
 
 from agevlm_mlx import weights
 from agevlm_mlx.errors import UserError
-from agevlm_mlx.hub import download
+from agevlm_mlx.hub import download, download_dataset
 from convert import source
 
 FOUND_NOTHING = httpx.Response(401, request=httpx.Request("GET", "https://huggingface.co"))
@@ -101,7 +101,8 @@ def test_a_full_disk_is_not_the_hubs_fault(monkeypatch):
     ],
 )
 def test_one_kind_of_weight_file_is_downloaded(monkeypatch, tmp_path: Path, files, loaded):
-    def snapshot(repo: str, allow_patterns: list[str]) -> str:
+    def snapshot(repo: str, repo_type: str, allow_patterns: list[str]) -> str:
+        assert (repo, repo_type) == ("org/name", "model")
         for name in ["config.json", "vocab.txt", *files]:
             if any(fnmatch(name, pattern) for pattern in allow_patterns):
                 (tmp_path / name).touch()
@@ -120,3 +121,50 @@ def test_open_clips_file_does_not_go_with_a_config(tmp_path: Path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"no pickle")
     with pytest.raises(UserError, match=r"/pytorch_model\.bin: "), source.open_tensors(tmp_path):
         pass
+
+
+def test_a_dataset_is_downloaded_whole(monkeypatch, tmp_path: Path):
+    asked = []
+
+    def snapshot(repo: str, **options: object) -> str:
+        asked.append((repo, options))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    assert download_dataset("org/name") == tmp_path
+    assert asked == [("org/name", {"repo_type": "dataset", "allow_patterns": ["*"]})]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            offline(),
+            "is switched off by HF_HUB_OFFLINE; pass a folder: where there is a network, `hf "
+            "download org/name --repo-type dataset --local-dir name` makes one",
+        ),
+        (
+            errors.GatedRepoError("403", response=FOUND_NOTHING),
+            "asks for its conditions to be accepted: do so on "
+            "https://huggingface.co/datasets/org/name, then `hf auth login`",
+        ),
+        (
+            errors.RepositoryNotFoundError("404", response=FOUND_NOTHING),
+            "shows no such repository; check its name, or `hf auth login` if it is private",
+        ),
+    ],
+)
+def test_a_dataset_that_cannot_be_had(monkeypatch, error: Exception, said: str):
+    def fail(*args: object, **options: object) -> str:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(UserError) as caught:
+        download_dataset("org/name")
+    named = "org/name: no such folder here, so its files were wanted from the hub, which "
+    assert str(caught.value) == named + said
+
+
+def test_no_name_of_a_dataset():
+    with pytest.raises(UserError, match=r"^org/na me: no such folder; pass a folder or a hub id"):
+        download_dataset("org/na me")

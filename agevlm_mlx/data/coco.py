@@ -69,7 +69,7 @@ def _found(
     for name, (start, end) in first.items():
         if name not in objects or size is None:
             continue
-        mask = np.any([_mask(item, size, where) for where, item in objects[name]], axis=0)
+        mask = np.any([instance_mask(item, size, where) for where, item in objects[name]], axis=0)
         corners = np.array([_corners(item, size, where) for where, item in objects[name]])
         low, high = corners[:, :2].min(axis=0).tolist(), corners[:, 2:].max(axis=0).tolist()
         yield Phrase(text[start:end], 1, start, end, (*low, *high), None, rle_encode(mask))
@@ -83,8 +83,11 @@ def _corners(item: dict, size: tuple[int, int], where: str) -> tuple[float, ...]
     return max(x, 0.0), max(y, 0.0), min(x + width, size[1]), min(y + height, size[0])
 
 
-def _mask(item: dict, size: tuple[int, int], where: str) -> np.ndarray:
-    """bool [h w] of a COCO segmentation: RLE, or polygons of x y x y ... ."""
+def instance_mask(item: dict, size: tuple[int, int], where: str) -> np.ndarray:
+    """bool [h w] of an annotation's segmentation: RLE, or polygons of x y x y ... .
+
+    item: the annotation; size: (h, w) of its image; `where` begins the error.
+    """
     segmentation = item["segmentation"]
     if isinstance(segmentation, dict):
         try:

@@ -4,18 +4,15 @@ import math
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
-from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from .nouns import ALL_NOUNS, SPLITS, Split, sample_nouns
+from .styles import Size, Style, draw_sprite, finish, sizes
 
 SIDE = 128  # px of a picture
 ATLAS, ATLAS_COLUMNS, TILE = "openmoji.png", 13, 96
-#: Sides in px of a sprite before it is tilted, the end exclusive; the gap keeps "big or small"
-#: answerable.
-SIZES: dict[str, tuple[int, int]] = {"small": (29, 37), "big": (45, 58)}
 _MAX_OVERLAP = 0.10  # of the smaller sprite's square
 _MIN_VISIBLE = 0.75  # of a sprite's own pixels
 _TILT = math.radians(20)
@@ -31,7 +28,7 @@ class Scene:
 
     image: np.ndarray
     nouns: tuple[str, ...]
-    sizes: tuple[Literal["small", "big"], ...]
+    sizes: tuple[Size, ...]
     masks: np.ndarray
     boxes: np.ndarray
 
@@ -74,12 +71,13 @@ def _background(rng: np.random.Generator) -> np.ndarray:
     return image + 4 * rng.standard_normal((SIDE, SIDE, 1), np.float32)
 
 
-def make_scene(seed: int, split: Split, index: int) -> Scene:
-    """Picture `index` of a split: depends on these three numbers only."""
-    rng = np.random.default_rng([seed, SPLITS.index(split), index])
+def make_scene(seed: int, split: Split, index: int, style: Style = "plain") -> Scene:
+    """Picture `index` of a split: depends on these only, and its nouns not on the style."""
+    numbers = [seed, SPLITS.index(split), index]
+    rng, brush = np.random.default_rng(numbers), np.random.default_rng([*numbers, 2])
     nouns = sample_nouns(rng, split)
     while True:
-        scene = _paint(rng, nouns)
+        scene = _paint(rng, nouns, style, brush)
         if scene is not None:
             return scene
 
@@ -96,8 +94,8 @@ class _Pose:
     y: int = 0
 
 
-def _pose(rng: np.random.Generator, size: Literal["small", "big"]) -> _Pose:
-    inner, angle = int(rng.integers(*SIZES[size])), float(rng.uniform(-_TILT, _TILT))
+def _pose(rng: np.random.Generator, sides: tuple[int, int]) -> _Pose:
+    inner, angle = int(rng.integers(*sides)), float(rng.uniform(-_TILT, _TILT))
     side = math.ceil(inner * (math.cos(angle) + abs(math.sin(angle))))
     return _Pose(inner, angle, bool(rng.random() < 0.5), side)
 
@@ -116,13 +114,15 @@ def _place(rng: np.random.Generator, side: int, others: list[_Pose]) -> tuple[in
     return None
 
 
-def _paint(rng: np.random.Generator, nouns: list[str]) -> Scene | None:
+def _paint(
+    rng: np.random.Generator, nouns: list[str], style: Style, brush: np.random.Generator
+) -> Scene | None:
     """The nouns in places that leave all of them visible; None when the dice did not allow it."""
-    sizes: list[Literal["small", "big"]] = []
+    size: list[Size] = []
     poses: list[_Pose] = []
     for _ in nouns:
-        sizes.append("big" if rng.random() < 0.5 else "small")
-        pose = _pose(rng, sizes[-1])
+        size.append("big" if rng.random() < 0.5 else "small")
+        pose = _pose(rng, sizes(style)[size[-1]])
         corner = _place(rng, pose.side, poses)
         if corner is None:
             return None
@@ -146,9 +146,10 @@ def _paint(rng: np.random.Generator, nouns: list[str]) -> Scene | None:
         # Brightness and a slight tint, so that no object has one exact colour.
         tint = rng.uniform(0.82, 1.12) * rng.uniform(0.93, 1.07, 3)
         canvas[spot] *= 1 - cutout[..., 3:] / 255
-        canvas[spot] += cutout[..., :3] * tint.astype(np.float32)
-    image = np.clip(canvas, 0, 255).astype(np.uint8)
-    return Scene(image, tuple(nouns), tuple(sizes), masks, np.array(boxes))
+        drawn = draw_sprite(cutout, style, brush)[..., :3]
+        canvas[spot] += drawn * tint.astype(np.float32)
+    image = finish(np.clip(canvas, 0, 255).astype(np.uint8), style)
+    return Scene(image, tuple(nouns), tuple(size), masks, np.array(boxes))
 
 
 def _cutout(noun: str, pose: _Pose) -> np.ndarray:

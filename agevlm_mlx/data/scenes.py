@@ -27,6 +27,7 @@ from ..sam.targets import rle_encode
 from .nouns import ALL_NOUNS, NOUNS, SPLITS, Split
 from .painting import SIDE, make_scene
 from .scene_texts import POPE_KINDS, caption, pope_questions, scene_records
+from .styles import STYLES, Style
 
 #: Changes whenever the same arguments would give other bytes.
 VERSION = 1
@@ -40,9 +41,11 @@ def write_scenes(
     seed: int,
     split: Split = "train",
     progress: Callable[[int, int], None] | None = None,
+    style: Style = "plain",
 ) -> bool:
     """Write `n` pictures of a split to the folder `out`; False when it was there already.
 
+    Another `style` draws the same nouns, with the same questions, otherwise (see `styles`).
     `progress` is called with (done, n). A folder left by an interrupted run is completed;
     one with other contents is refused with ``UserError``.
     """
@@ -50,10 +53,14 @@ def write_scenes(
         raise UserError(f"n: expected 1 to 999999 pictures, got {n}")
     if split not in SPLITS:
         raise UserError(f"split: expected {', '.join(SPLITS)}, got {split!r}")
+    if style not in STYLES:
+        raise UserError(f"style: expected {', '.join(STYLES)}, got {style!r}")
     if seed < 0:
         raise UserError(f"seed: expected a number >= 0, got {seed}")
     about = {"format": "agevlm-scenes", "version": VERSION, "split": split, "seed": seed, "n": n,
              "side": SIDE, "attribution": ATTRIBUTION}  # fmt: skip
+    if style != "plain":  # said only then: older plain folders stay what they are
+        about["style"] = style
     if _finished(out, about):
         return False
     images = out / "images"
@@ -63,7 +70,7 @@ def write_scenes(
         images.mkdir(exist_ok=True)
     except (PermissionError, FileExistsError, NotADirectoryError) as error:
         raise UserError(f"{out}: expected a folder that can be written, {error.strerror}") from None
-    jobs = [(str(images), seed, split, i, min(i + _CHUNK, n)) for i in range(0, n, _CHUNK)]
+    jobs = [(str(images), seed, split, style, i, min(i + _CHUNK, n)) for i in range(0, n, _CHUNK)]
     parts, done = [], 0
     with contextlib.closing(_run(jobs)) as finished:
         for part in finished:
@@ -102,7 +109,8 @@ def _finished(out: Path, about: dict[str, Any]) -> bool:
 def _brief(about: Any) -> str:
     if not isinstance(about, dict):
         return "unreadable scenes.json"
-    return " ".join(f"{key}={about.get(key)}" for key in ("split", "n", "seed", "version"))
+    known = {"style": "plain"} | about
+    return " ".join(f"{key}={known.get(key)}" for key in ("split", "n", "seed", "style", "version"))
 
 
 def _run(jobs: list[tuple]) -> Generator[dict[str, Any], None, None]:
@@ -137,13 +145,13 @@ def _can_spawn() -> bool:
     return getattr(main, "__spec__", None) is not None or script is None or Path(script).is_file()
 
 
-def _paint_chunk(job: tuple[str, int, Split, int, int]) -> dict[str, Any]:
+def _paint_chunk(job: tuple[str, int, Split, Style, int, int]) -> dict[str, Any]:
     """Paint pictures first .. last-1 and describe them; runs in a worker process."""
-    folder, seed, split, first, last = job
+    folder, seed, split, style, first, last = job
     part: dict[str, Any] = {"images": [], "captions": [], "annotations": [], "records": []}
     part.update({kind: [] for kind in POPE_KINDS})
     for i in range(first, last):
-        scene = make_scene(seed, split, i)
+        scene = make_scene(seed, split, i, style)
         name = f"{i:06d}.png"
         Image.fromarray(scene.image).save(Path(folder) / name, compress_level=1)
         # Texts have their own random numbers: another wording leaves the pixels as they are.

@@ -19,13 +19,16 @@ from ..errors import UserError
 from ..weights import Loaded
 
 Ids = Sequence[int]
-Step = Callable[[], None]
+#: Logits that one pass may compute, fp32: half a gigabyte.
+_MOST_LOGITS = 1 << 27
 
 
 class Asker:
-    """A loaded model with the images of a benchmark in front of it.
+    """A loaded model with some images in front of it.
 
-    `images` are opened one by one by `open_image`, so that only their tokens stay in memory.
+    `images` are opened one by one by `open_image`, so that only their tokens stay in memory; one
+    that it refuses is left out and told to `refused`, without which its ``UserError`` is raised.
+    z_img: [M S D] of the others; geometries: how each was resized.
     """
 
     def __init__(
@@ -34,21 +37,34 @@ class Asker:
         images: Sequence[Any],
         open_image: Callable[[Any], Image.Image],
         batch_size: int = 50,
-        step: Step = lambda: None,
+        refused: Callable[[Any, UserError], None] | None = None,
     ) -> None:
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
         self.batch_size = batch_size
         self.geometries: list[Geometry] = []
         self._prompts: dict[str, list[int]] = {}
-        chunks = []
-        for start in range(0, len(images), batch_size):
-            pairs = [loaded.preprocessor(open_image(i)) for i in images[start : start + batch_size]]
-            self.geometries += [geometry for _, geometry in pairs]
-            pixels = mx.array(np.stack([pixels for pixels, _ in pairs]))
-            chunks.append(self.model.project(self.model.encode(pixels)))
+        chunks, waiting = [], []
+
+        def encode() -> None:
+            chunks.append(self.model.project(self.model.encode(mx.array(np.stack(waiting)))))
             mx.eval(chunks[-1])
-            step()
-        self._z_img = mx.concatenate(chunks)
+            waiting.clear()
+
+        for image in images:
+            try:
+                pixels, geometry = loaded.preprocessor(open_image(image))
+            except UserError as error:
+                if refused is None:
+                    raise
+                refused(image, error)
+                continue
+            waiting.append(pixels)
+            self.geometries.append(geometry)
+            if len(waiting) == batch_size:
+                encode()
+        if waiting:
+            encode()
+        self.z_img = mx.concatenate(chunks) if chunks else mx.zeros((0, 1, 1))
         self.yes, self.no = self.first_token("Yes"), self.first_token("No")
         if self.yes == self.no:
             raise UserError(
@@ -67,137 +83,106 @@ class Asker:
             self._prompts[question] = chat.prompt_ids(self.tokenizer, (Turn("user", question),))
         return self._prompts[question]
 
-    def _batches(self, texts: Sequence[Sequence[Ids]]) -> Iterator[tuple[range, int, np.ndarray]]:
-        """Image numbers, texts per image R, and ids i32[B*R T] padded on the right with 0."""
-        for start in range(0, len(texts), self.batch_size):
-            images = range(start, min(start + self.batch_size, len(texts)))
-            R = max(len(texts[i]) for i in images)
-            if not R:
-                continue
-            rows = [[*texts[i], *[()] * (R - len(texts[i]))] for i in images]
-            yield images, R, _padded([ids for row in rows for ids in row])
+    def _batches(
+        self, texts: Sequence[Sequence[Ids]], logits: bool = False
+    ) -> Iterator[tuple[range, int, np.ndarray]]:
+        """Image numbers, texts per image R, and ids i32[B*R T] padded on the right with 0.
+
+        logits: those of every position will be computed, so that fewer fit into one pass.
+        """
+        most = _MOST_LOGITS // self.model.args.vocab_size if logits else 1 << 62
+        start = 0
+        while start < len(texts):
+            end, R, T = start, 0, 0
+            while end < min(start + self.batch_size, len(texts)):
+                r, t = max(R, len(texts[end])), max([T, *map(len, texts[end])])
+                if end > start and (end + 1 - start) * r * t > most:
+                    break
+                end, R, T = end + 1, r, t
+            images, start = range(start, end), end
+            if R:
+                rows = [[*texts[i], *[()] * (R - len(texts[i]))] for i in images]
+                yield images, R, _padded([ids for row in rows for ids in row])
 
     def _look(self, images: range, texts: int, order: np.ndarray | None) -> list[Any]:
         shown = np.arange(images.start, images.stop) if order is None else order[list(images)]
-        return self.model.look(self._z_img[mx.array(shown)], texts=texts)
+        return self.model.look(self.z_img[mx.array(shown)], texts=texts)
 
-    def next_logits(
+    def next_log_p(
         self,
         texts: Sequence[Sequence[Ids]],
+        tokens: Sequence[int],
         order: np.ndarray | None = None,
-        step: Step = lambda: None,
-    ) -> list[list[tuple[float, int]]]:
-        """For each image and each of its texts: (logit of Yes minus No, most likely token) next.
+    ) -> list[list[np.ndarray]]:
+        """For each image and each of its texts the log-probabilities f32[tokens] of what comes
+        next.
 
         `order` shows image ``order[i]`` with the texts of image i (the shuffled control).
         """
-        out: list[list[tuple[float, int]]] = [[] for _ in texts]
+        out: list[list[np.ndarray]] = [[] for _ in texts]
         for images, R, ids in self._batches(texts):
-            logits = self.model(mx.array(ids), cache=self._look(images, R, order))
-            last = np.array(
-                [len(texts[i][r]) - 1 if r < len(texts[i]) else 0 for i in images for r in range(R)]
-            )
-            margin, best = self._read(logits[mx.arange(len(last)), mx.array(last)])
+            last = [
+                len(texts[i][r]) - 1 if r < len(texts[i]) else 0 for i in images for r in range(R)
+            ]
+            found = self._next(ids, self._look(images, R, order), last, tokens)
             for b, i in enumerate(images):
-                rows = range(b * R, b * R + len(texts[i]))
-                out[i] = [(float(margin[r]), int(best[r])) for r in rows]
-            step()
+                out[i] = [found[b * R + r] for r in range(len(texts[i]))]
         return out
 
-    def _read(self, logits: mx.array) -> tuple[np.ndarray, np.ndarray]:
+    def blind_log_p(self, texts: Sequence[Ids], tokens: Sequence[int]) -> list[np.ndarray]:
+        """`next_log_p` without any image."""
+        out: list[np.ndarray] = []
+        for start in range(0, len(texts), 8 * self.batch_size):
+            part = texts[start : start + 8 * self.batch_size]
+            last = [len(ids) - 1 for ids in part]
+            out += list(self._next(_padded(part), self.model.make_cache(), last, tokens))
+        return out
+
+    def _next(
+        self, ids: np.ndarray, cache: list[Any], last: Sequence[int], tokens: Sequence[int]
+    ) -> np.ndarray:
+        """f32[B tokens], after the position `last` of each row."""
+        logits = self.model.last_logits(mx.array(ids), cache, mx.array(last))[:, 0]
         logits = logits.astype(mx.float32)
-        margin, best = logits[:, self.yes] - logits[:, self.no], mx.argmax(logits, -1)
-        mx.eval(margin, best)
-        return np.array(margin), np.array(best)
+        log_p = logits[:, mx.array(tokens)] - mx.logsumexp(logits, -1, keepdims=True)
+        return np.array(log_p)
 
-    def blind_margin(self, questions: Sequence[str], step: Step = lambda: None) -> dict[str, float]:
+    def margins(
+        self, texts: Sequence[Sequence[Ids]], order: np.ndarray | None = None
+    ) -> list[list[float]]:
+        """The logit of Yes minus that of No; see `next_log_p`."""
+        found = self.next_log_p(texts, (self.yes, self.no), order)
+        return [[float(yes - no) for yes, no in row] for row in found]
+
+    def blind_margins(self, questions: Sequence[str]) -> dict[str, float]:
         """Logit of Yes minus No without any image, for each different question."""
-        unique, margins = sorted(set(questions)), {}
-        for start in range(0, len(unique), 8 * self.batch_size):
-            part = unique[start : start + 8 * self.batch_size]
-            rows = [self.prompt(question) for question in part]
-            logits = self.model(mx.array(_padded(rows)), cache=self.model.make_cache())
-            last = mx.array([len(row) - 1 for row in rows])
-            margin, _ = self._read(logits[mx.arange(len(rows)), last])
-            margins |= dict(zip(part, margin.tolist(), strict=True))
-            step()
-        return margins
-
-    def answers(
-        self,
-        texts: Sequence[Sequence[Ids]],
-        firsts: Sequence[Sequence[int]],
-        max_tokens: int = 8,
-        step: Step = lambda: None,
-    ) -> list[list[str]]:
-        """The greedy answers to prompts of mixed lengths whose first tokens are known.
-
-        Answers are a word or two, so each further token is one more padded pass over the
-        answers that have not ended.
-        """
-        ends = set(self.tokenizer.eos_token_ids)
-        said = [[[first] for first in row] for row in firsts]
-        for _ in range(max_tokens - 1):
-            open_rows = [
-                [r for r, tokens in enumerate(row) if tokens[-1] not in ends] for row in said
-            ]
-            if not any(open_rows):
-                break
-            longer = [
-                [[*texts[i][r], *said[i][r]] for r in rows] for i, rows in enumerate(open_rows)
-            ]
-            after = self.next_logits(longer, step=step)
-            for i, rows in enumerate(open_rows):
-                for r, (_, token) in zip(rows, after[i], strict=True):
-                    said[i][r].append(token)
-        return [[self._text(tokens, ends) for tokens in row] for row in said]
-
-    def _text(self, tokens: Sequence[int], ends: set[int]) -> str:
-        kept = []
-        for token in tokens:
-            if token in ends:
-                break
-            kept.append(token)
-        return self.tokenizer.decode(kept).strip()
-
-    def greedy(self, question: str, max_tokens: int, step: Step = lambda: None) -> list[str]:
-        """The greedy answer to one question for every image, decoded in batches with a cache."""
-        prompt, ends = np.array(self.prompt(question), np.int32), set(self.tokenizer.eos_token_ids)
-        texts = []
-        for start in range(0, self._z_img.shape[0], self.batch_size):
-            images = range(start, min(start + self.batch_size, self._z_img.shape[0]))
-            cache = self._look(images, 1, None)
-            tokens = mx.array(np.broadcast_to(prompt, (len(images), len(prompt))))
-            said = np.zeros((len(images), 0), np.int32)
-            ended = np.zeros(len(images), bool)
-            while said.shape[1] < max_tokens and not ended.all():
-                best = mx.argmax(self.model(tokens, cache=cache)[:, -1], -1)
-                said = np.concatenate([said, np.array(best)[:, None]], 1)
-                ended |= np.isin(said[:, -1], list(ends))
-                tokens = best[:, None]
-            texts += [self._text(row, ends) for row in said.tolist()]
-            step()
-        return texts
+        unique = sorted(set(questions))
+        texts = [self.prompt(question) for question in unique]
+        found = self.blind_log_p(texts, (self.yes, self.no))
+        return {q: float(yes - no) for q, (yes, no) in zip(unique, found, strict=True)}
 
     def log_likelihood(
         self,
-        prompt: str,
+        prompts: str | Sequence[str],
         answers: Sequence[Sequence[str]],
         order: np.ndarray | None = None,
-        step: Step = lambda: None,
-    ) -> np.ndarray:
-        """Mean log-probability per token of given answers: f64[images answers].
+    ) -> list[list[float]]:
+        """Mean log-probability per token of given answers, for each image and each of its answers.
 
-        The token that ends an answer counts as one of it. `order` as in `next_logits`.
+        prompts: one for all images, or one for each. The token that ends an answer counts as one
+        of it. `order` as in `next_log_p`.
         """
-        encoded = [[self._answered(prompt, answer) for answer in row] for row in answers]
-        out = np.zeros((len(answers), len(answers[0]) if answers else 0))
-        for images, R, ids in self._batches([[e.ids for e in row] for row in encoded]):
+        each = [prompts] * len(answers) if isinstance(prompts, str) else prompts
+        encoded = [
+            [self._answered(prompt, answer) for answer in row]
+            for prompt, row in zip(each, answers, strict=True)
+        ]
+        out: list[list[float]] = [[] for _ in answers]
+        for images, R, ids in self._batches([[e.ids for e in row] for row in encoded], True):
             log_p = self._log_p(ids, self._look(images, R, order))
             for b, i in enumerate(images):
-                for r, one in enumerate(encoded[i]):
-                    out[i, r] = _mean_over_answer(log_p[b * R + r], one)
-            step()
+                rows = enumerate(encoded[i], b * R)
+                out[i] = [_mean_over_answer(log_p[r], one) for r, one in rows]
         return out
 
     def blind_log_likelihood(self, prompt: str, answers: Sequence[str]) -> np.ndarray:
@@ -216,34 +201,27 @@ class Asker:
         said = mx.take_along_axis(logits, mx.array(ids[:, 1:, None]), -1)[..., 0]
         return np.array(said - mx.logsumexp(logits, -1), np.float64)
 
-    def noun_maps(
-        self, questions: Sequence[Sequence[tuple[str, str]]], step: Step = lambda: None
-    ) -> list[list[tuple[np.ndarray, np.ndarray]]]:
-        """Where each (question, noun in it) looks: per image, pairs of maps f64[S].
+    def phrase_maps(self, questions: Sequence[Sequence[tuple[str, str]]]) -> list[list[np.ndarray]]:
+        """Where each (question, phrase in it) looks: per image, maps f32[L N S].
 
-        Taken at the noun's own tokens and averaged over them and the layers; the first map is
-        the mean over all heads, the second over the first half of them.
+        Taken at the phrase's own tokens and averaged over them; for each looking layer and head,
+        without the null slot.
         """
         placed = [[self._place(*pair) for pair in row] for row in questions]
-        out: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in questions]
+        out: list[list[np.ndarray]] = [[] for _ in questions]
         for images, R, ids in self._batches([[ids for ids, _ in row] for row in placed]):
-            rows, cols, owner = [], [], []
+            rows, cols = [], []
             for b, i in enumerate(images):
-                for r, (_, columns) in enumerate(placed[i]):
-                    rows += [b * R + r] * len(columns)
+                for r, (_, columns) in enumerate(placed[i], b * R):
+                    rows += [r] * len(columns)
                     cols += columns
-                    owner += [(i, r)] * len(columns)
             cache = self._look(images, R, None)
             _, maps = self.model.attend(mx.array(ids), cache, mx.array(rows), mx.array(cols))
-            half = max(1, maps.shape[2] // 2)
-            pairs = mx.stack([maps.mean((1, 2)), maps[:, :, :half].mean((1, 2))], 1)
-            pairs = np.array(pairs, np.float64)
-            where = np.array(owner)
+            found, at = np.array(maps, np.float32), 0
             for i in images:
-                for r in range(len(placed[i])):
-                    mine = pairs[(where == (i, r)).all(1)].mean(0)
-                    out[i].append((mine[0], mine[1]))
-            step()
+                for _, columns in placed[i]:
+                    out[i].append(found[at : at + len(columns)].mean(0))
+                    at += len(columns)
         return out
 
     def _place(self, question: str, noun: str) -> tuple[list[int], list[int]]:

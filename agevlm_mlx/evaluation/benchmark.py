@@ -1,98 +1,190 @@
-"""The one interface behind which every benchmark lives, and what it hands back.
+"""The one interface behind which every benchmark lives: what is asked, and how it is scored.
 
-A benchmark is a function ``run(loaded, data, settings) -> Result`` in a file of its own, listed
-in ``evaluate.BENCHMARKS``. It reads its data, asks the model, and returns numbers and answers;
-printing and writing are the command's.
+A benchmark is one file in ``benchmarks/`` that makes a `Benchmark`: it reads the published files
+into `Item` s and scores answers. It never sees a model: `run` asks, with an image, with another
+one and with none, and scores all of these alike.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
-from ..weights import Loaded
 from . import metrics
+from .source import Source
 
-Progress = Callable[[str, int, int], None]
-
-
-def _silent(task: str, done: int, total: int) -> None:
-    pass
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What a benchmark is run with. `seed` fixes samples, shuffles and bootstrap draws."""
-
-    #: Use a random sample of this many images; None is all.
-    limit: int | None = None
-    seed: int = 0
-    #: Images looked at together.
-    batch_size: int = 50
-    #: Longest greedy caption, in tokens.
-    max_tokens: int = 48
-    #: Draws of the bootstrap behind the 95 % intervals.
-    boots: int = 1000
-    progress: Progress = field(default=_silent, compare=False)
+#: How an item is asked. choice: in words, and by the first token of each option; likelihood: how
+#: likely each option is as the whole answer; text: in words alone; look: where a phrase looks.
+Kind = Literal["choice", "likelihood", "text", "look"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Result:
-    """`metrics`: nested numbers. `answers`: one row for every single answer.
+class Item:
+    """One thing to ask about an image (None: about no image).
 
-    `intervals` maps the dotted name of a metric to its 95 % interval by bootstrap over images.
+    key: unique in the benchmark, the same in every run; file and row number are good ones, since
+        published ids repeat. unit: what the bootstrap draws, the image unless answers are judged
+        together (a pair, a figure's set). label: the right one of `options`, "" if there is none.
+        options: in lower case for yes and no. phrase: for ``look``, words of the prompt. mask: for
+        ``look``, called when it is needed: bool[h w], the pixels of the object.
+        about: what scoring and a reader need to know besides (JSON); kept with every answer.
     """
 
-    metrics: Mapping[str, Any]
-    intervals: Mapping[str, tuple[float, float]]
-    counts: Mapping[str, int]
-    answers: Sequence[Mapping[str, Any]]
-    settings: Mapping[str, Any]
+    key: str
+    unit: str
+    image: Path | None
+    prompt: str
+    kind: Kind = "choice"
+    label: str = ""
+    options: tuple[str, ...] = ()
+    phrase: str = ""
+    mask: Callable[[], np.ndarray] | None = field(default=None, compare=False)
+    about: Mapping[str, Any] = field(default_factory=dict)
 
 
-class Benchmark(Protocol):
-    """`data` is a folder; ``UserError`` says which of its files are missing."""
+@dataclass(frozen=True)
+class Given:
+    """An answer as a benchmark scores it.
 
-    def __call__(self, loaded: Loaded, data: Path, settings: Settings) -> Result: ...
+    answer: one of the item's options, or "" for none of them; for ``text`` what was said.
+    scores: of ``likelihood`` (and of ``choice`` asked by logits), one an option: log-probabilities,
+        in nats (of ``likelihood`` the mean per token). blind: the same without an image.
+    look: of ``look``, what `pointing.measures` found.
+    """
+
+    item: Item
+    answer: str = ""
+    scores: tuple[float, ...] = ()
+    blind: tuple[float, ...] = ()
+    look: Mapping[str, Any] = field(default_factory=dict)
 
 
-def flatten(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """Nested metrics under dotted names."""
+@dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """about: one line for ``--help``. needs: which files, and where their authors offer them.
+
+    read: the items of a folder; it tells `Source` of every bad row and goes on.
+    parse: the option that an answer in words means, by the benchmark's own rule; "" for none.
+    score: numbers from answers. It is called for each way of asking and each control, with the
+        items of some kinds only, and scores what is there.
+    headline: the numbers that are printed first, by their names in `Scores`.
+    max_tokens: of an answer in words, text_tokens: of one to a ``text`` item, if that is another
+        number. prompt: put around every question, as "{question}".
+    """
+
+    name: str
+    about: str
+    needs: str
+    read: Callable[[Source], list[Item]]
+    score: Callable[[Sequence[Given], "Scores"], None]
+    parse: Callable[[Item, str], str] = lambda item, said: said
+    headline: tuple[str, ...] = ()
+    max_tokens: int = 16
+    text_tokens: int | None = None
+    prompt: str = "{question}"
+
+
+class Scores:
+    """Numbers under dotted names, each with its value under every bootstrap draw of the units."""
+
+    def __init__(self, units: Sequence[str], boots: int = 1000, seed: int = 0) -> None:
+        """units: every unit of the benchmark, once. The same units, `boots` and `seed` give the
+        same draws, so that two models, or a model and its control, can be compared in pairs."""
+        self._place = {unit: n for n, unit in enumerate(units)}
+        self._draws = metrics.image_draws(len(units), boots, seed)
+        self._drawn: dict[str, np.ndarray] = {}
+        self._values: dict[str, float] = {}
+
+    def mean(self, name: str, given: Sequence[Given], values: metrics.Numbers) -> None:
+        """The mean of `values`, one for each of `given`."""
+        self.ratio(name, given, values, np.ones(len(given)))
+
+    def ratio(
+        self,
+        name: str,
+        given: Sequence[Given],
+        numerators: metrics.Numbers,
+        denominators: metrics.Numbers,
+    ) -> None:
+        """sum(numerators) / sum(denominators), one of each for each of `given`; 0 without any."""
+        if not len(given) == len(numerators) == len(denominators):
+            raise ValueError(
+                f"{name}: {len(given)} answers, {len(numerators)} and {len(denominators)} numbers"
+            )
+        at = [self._place[one.item.unit] for one in given]
+        units = len(self._place)
+        top = metrics.per_image(at, numerators, units)[0]
+        bottom = metrics.per_image(at, denominators, units)[0]
+        value = metrics.divide(top.sum(), bottom.sum())
+        self.put(name, value, metrics.ratio_draws(top, bottom, self._draws))
+
+    def auroc(
+        self, name: str, given: Sequence[Given], positive: metrics.Numbers, other: metrics.Numbers
+    ) -> None:
+        """AUROC of one positive and one other score for each of `given`, whose units differ."""
+        at = [self._place[one.item.unit] for one in given]
+        p, n = np.asarray(positive, np.float64), np.asarray(other, np.float64)
+        draws = metrics.auroc_draws(p, n, self._draws[:, at]) if at else None
+        self.put(name, metrics.auroc(p, n), draws)
+
+    def derive(self, name: str, function: Callable[..., Any], *names: str) -> None:
+        """A number made from others, as 100 * (a + b): `function` of values and of draws alike."""
+        value = float(function(*(self._values[key] for key in names)))
+        drawn = [self._drawn[key] for key in names if key in self._drawn]
+        self.put(name, value, function(*drawn) if len(drawn) == len(names) else None)
+
+    def put(self, name: str, value: float, draws: np.ndarray | None = None) -> None:
+        """A number as it is, with its values f64[boots] under the draws if there are any."""
+        self._values[name] = float(value)
+        if draws is not None:
+            self._drawn[name] = np.asarray(draws, np.float64)
+
+    def __getitem__(self, name: str) -> float:
+        return self._values[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._values
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._values)
+
+    def drawn(self, name: str) -> np.ndarray | None:
+        """f64[boots], or None for a number without draws."""
+        return self._drawn.get(name)
+
+    def interval(self, name: str) -> tuple[float, float] | None:
+        """The 95 % interval; None where there is none."""
+        if name not in self._drawn:
+            return None
+        pair = metrics.interval(self._drawn[name])
+        return pair if np.isfinite(pair).all() else None
+
+    def nested(self) -> dict[str, Any]:
+        """Every number, as JSON."""
+        return nest(self._values)
+
+
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Values under dotted names as tables in tables."""
+    table: dict[str, Any] = {}
+    for name, value in flat.items():
+        *parents, last = name.split(".")
+        inner = table
+        for key in parents:
+            inner = inner.setdefault(key, {})
+        inner[last] = value
+    return table
+
+
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """Nested numbers under dotted names."""
     flat: dict[str, float] = {}
-    for key, value in metrics.items():
+    for key, value in nested.items():
         if isinstance(value, Mapping):
             flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-class Scores:
-    """Collects numbers under dotted names, each with its interval over the bootstrap draws."""
-
-    def __init__(self, draws: metrics.Weights) -> None:
-        self.draws = draws
-        self.values: dict[str, Any] = {}
-        self.intervals: dict[str, tuple[float, float]] = {}
-
-    def put(self, name: str, value: float, draws: np.ndarray | None = None) -> None:
-        """Set the metric `name` (dotted), with its values under the bootstrap draws."""
-        *parents, last = name.split(".")
-        table = self.values
-        for key in parents:
-            table = table.setdefault(key, {})
-        table[last] = value
-        pair = metrics.interval(draws) if draws is not None else (np.nan, np.nan)
-        if np.isfinite(pair).all():
-            self.intervals[name] = pair
-
-    def ratio(self, name: str, numerator: np.ndarray, denominator: np.ndarray) -> None:
-        """A ratio of sums, from its two parts per image f[images]."""
-        value = metrics.divide(numerator.sum(), denominator.sum())
-        self.put(name, value, metrics.ratio_draws(numerator, denominator, self.draws))
-
-    def mean(self, name: str, images: Sequence[int], values: metrics.Numbers) -> None:
-        """The mean of `values`, each belonging to the image numbered beside it."""
-        self.ratio(name, *metrics.per_image(images, values, self.draws.shape[1]))

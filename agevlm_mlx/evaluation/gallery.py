@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from ..data.image import Preprocessor, load_image
+from .answers import Row
 from .overlay import display_size, overlay
 from .scene_folder import SceneItem
 
@@ -41,7 +41,7 @@ class Card:
 
 def cards(
     items: Sequence[SceneItem],
-    answers: Mapping[str, Sequence[Mapping[str, Any]]],
+    answers: Mapping[str, Sequence[Row]],
     geometry: Mapping[str, tuple[Preprocessor, tuple[int, int]]],
     count: int = 8,
 ) -> list[Card]:
@@ -55,20 +55,23 @@ def cards(
         item
         for item in items
         if all(
-            item.name in images and "grounding" in images[item.name] for images in by_arm.values()
+            "grounding" in images.get(item.name, {}) and "caption" in images[item.name]
+            for images in by_arm.values()
         )
     ]
     picks = np.linspace(0, len(shown) - 1, min(count, len(shown))).round().astype(int)
     return [_card(shown[i], {a: by_arm[a][shown[i].name] for a in by_arm}, geometry) for i in picks]
 
 
-Rows = Mapping[str, Sequence[Mapping[str, Any]]]
+#: The rows of one image by task.
+Rows = Mapping[str, Sequence[Row]]
 
 
-def _by_image(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[Mapping[str, Any]]]]:
-    images: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
+def _by_image(rows: Sequence[Row]) -> dict[str, dict[str, list[Row]]]:
+    images: dict[str, dict[str, list[Row]]] = {}
     for row in rows:
-        images.setdefault(row["image"], {}).setdefault(row["task"], []).append(row)
+        if row["kind"] != "look" or row["look"]:  # nothing to see of a hidden object
+            images.setdefault(row["unit"], {}).setdefault(row["about"]["task"], []).append(row)
     return images
 
 
@@ -78,12 +81,13 @@ def _card(
     geometry: Mapping[str, tuple[Preprocessor, tuple[int, int]]],
 ) -> Card:
     first = next(iter(rows))
-    noun, question = (rows[first]["grounding"][0][key] for key in ("noun", "question"))
+    asked = rows[first]["grounding"][0]
+    noun, question = asked["phrase"], asked["prompt"]
     image = load_image(item.path)
     overlays, energy, hit = {}, {}, {}
     uniform = 0.0
     for arm, own in rows.items():
-        look = next(row for row in own["grounding"] if row["question"] == question)
+        look = next(row["look"] for row in own["grounding"] if row["prompt"] == question)
         preprocessor, grid = geometry[arm]
         placed = preprocessor.geometry(*image.size)
         overlays[arm] = overlay(image, np.reshape(look["map"], grid), placed, tile=SIDE)
@@ -96,7 +100,7 @@ def _card(
         hit=hit,
         uniform=uniform,
         questions=tuple(_questions(rows, question)),
-        captions={arm: own["caption"][0]["caption"] for arm, own in rows.items()},
+        captions={arm: own["caption"][0]["answer"] for arm, own in rows.items()},
         caption=item.caption,
     )
 
@@ -105,18 +109,23 @@ def _questions(rows: Mapping[str, Rows], question: str) -> list[Asked]:
     """The question that is shown, and the adversarial one about something absent."""
     first = next(iter(rows))
     absent = [
-        row["question"]
+        row["prompt"]
         for row in rows[first]["pope"]
-        if row["split"] == "adversarial" and not row["label"]
+        if "adversarial" in row["about"]["splits"] and row["label"] == "no"
     ]
     asked = []
     for text in dict.fromkeys([question, *absent[:1]]):
         mine = {
-            arm: next((r for r in own["pope"] if r["question"] == text), None)
+            arm: next((r for r in own["pope"] if r["prompt"] == text), None)
             for arm, own in rows.items()
         }
         known = {arm: row for arm, row in mine.items() if row is not None}
         if known:
-            label = next(iter(known.values()))["label"]
-            asked.append(Asked(text, label, {a: r["margin"] > 0 for a, r in known.items()}))
+            label = next(iter(known.values()))["label"] == "yes"
+            asked.append(Asked(text, label, {a: _says_yes(r) for a, r in known.items()}))
     return asked
+
+
+def _says_yes(row: Row) -> bool:
+    """By the more likely answer, as the scores of the report are."""
+    return row["options"][int(np.argmax(row["scores"]))] == "yes"

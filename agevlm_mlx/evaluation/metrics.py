@@ -111,20 +111,18 @@ class NounVocabulary:
     """Finds known nouns in free text: lower case, punctuation ignored, the longest noun first.
 
     A noun may have several words ("traffic light" is not also a "light"). Plurals are found by
-    the simple English rules (-s, -es, -y to -ies); a verb or adjective of the same spelling is
-    not told apart.
+    the simple English rules (-s, -es, -y to -ies, -f to -ves) and for the irregular nouns of
+    `_IRREGULAR` ("women", "mice"); a verb or adjective of the same spelling is not told apart.
     """
 
     def __init__(self, nouns: Collection[str], synonyms: Mapping[str, str] | None = None) -> None:
         """`synonyms` maps further spellings to one of `nouns`."""
         spellings = {noun: noun for noun in nouns} | dict(synonyms or {})
-        self._nouns = {
-            form: noun
-            for spelling, noun in spellings.items()
-            for form in _with_plural(tuple(_words(spelling)))
-        }
+        said = {tuple(_words(spelling)): noun for spelling, noun in spellings.items()}
+        said.pop((), None)  # a spelling without letters
+        self._nouns = {form: noun for words, noun in said.items() for form in _with_plural(words)}
         # A plural rule may collide with a real noun (glass, glasses): the real one wins.
-        self._nouns |= {tuple(_words(spelling)): noun for spelling, noun in spellings.items()}
+        self._nouns |= said
         self._longest = max((len(form) for form in self._nouns), default=0)
 
     def mentions(self, text: str) -> list[str]:
@@ -147,7 +145,22 @@ def _words(text: str) -> list[str]:
     return [re.sub(r"['\u2019]s$", "", word) for word in words]
 
 
+#: Ends of nouns and of their plurals: "man" is also the end of "policewoman".
+_IRREGULAR = {
+    "man": "men",
+    "person": "people",
+    "child": "children",
+    "mouse": "mice",
+    "goose": "geese",
+    "tooth": "teeth",
+    "foot": "feet",
+    "ox": "oxen",
+    "bus": "busses",
+}
+
+
 def _with_plural(words: tuple[str, ...]) -> set[tuple[str, ...]]:
+    """A noun's forms. One that nobody says ("humen", "mans") does no harm among them."""
     *head, last = words
     if re.search(r"(s|x|z|ch|sh)$", last):
         plurals = {last + "es"}
@@ -157,6 +170,9 @@ def _with_plural(words: tuple[str, ...]) -> set[tuple[str, ...]]:
         plurals = {last + "s", last + "es"}
     else:
         plurals = {last + "s"}
+    if re.search(r"fe?$", last):
+        plurals.add(re.sub(r"fe?$", "ves", last))
+    plurals |= {last.removesuffix(e) + p for e, p in _IRREGULAR.items() if last.endswith(e)}
     return {words, *((*head, plural) for plural in plurals)}
 
 
@@ -246,7 +262,8 @@ def image_draws(images: int, boots: int = 1000, seed: int = 0) -> Weights:
     seed gives two models the same draws, which makes their difference a paired one.
     """
     rng = np.random.default_rng(seed)
-    return rng.multinomial(images, np.full(images, 1 / images), size=boots).astype(np.float64)
+    even = np.full(images, 1 / max(images, 1))
+    return rng.multinomial(images, even, size=boots).astype(np.float64)
 
 
 def interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
@@ -267,10 +284,12 @@ def ratio_draws(numerator: np.ndarray, denominator: np.ndarray, draws: Weights) 
 
 
 def auroc_draws(positive: np.ndarray, negative: np.ndarray, draws: Weights) -> np.ndarray:
-    """AUROC under each draw, from one positive and one negative score per image (f[images])."""
+    """AUROC under each draw, from one positive and one negative score per image (f[images]); nan
+    under a draw of none of them."""
     p, n = np.asarray(positive, np.float64)[:, None], np.asarray(negative, np.float64)[None]
     wins = (p > n) + 0.5 * (p == n)
-    return ((draws @ wins) * draws).sum(1) / draws.sum(1) ** 2
+    pairs = draws.sum(1) ** 2
+    return np.where(pairs > 0, ((draws @ wins) * draws).sum(1) / np.maximum(pairs, 1), np.nan)
 
 
 def per_image(images: Sequence[int], values: Numbers, count: int) -> tuple[np.ndarray, np.ndarray]:

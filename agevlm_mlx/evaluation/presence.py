@@ -169,19 +169,19 @@ def ask_about(asker: Asker, words: Sequence[str]) -> list[Presence]:
     if not words:
         return []
     questions = [presence_question(word, False) for word in words]
-    (seen,) = asker.next_logits([[asker.prompt(question) for question in questions]])
-    blind = asker.blind_margin(questions)
-    (maps,) = asker.noun_maps([list(zip(questions, words, strict=True))])
+    (seen,) = asker.margins([[asker.prompt(question) for question in questions]])
+    blind = asker.blind_margins(questions)
+    (maps,) = asker.phrase_maps([list(zip(questions, words, strict=True))])
     return [
         Presence(
             word=word,
             question=question,
             p_yes=_p_yes(margin),
             blind=_p_yes(blind[question]),
-            look=look.reshape(asker.model.grid).astype(np.float32),
+            look=look.mean((0, 1)).reshape(asker.model.grid),
             geometry=asker.geometries[0],
         )
-        for word, question, (margin, _), (look, _) in zip(words, questions, seen, maps, strict=True)
+        for word, question, margin, look in zip(words, questions, seen, maps, strict=True)
     ]
 
 
@@ -222,9 +222,9 @@ def match(asker: Asker, controls: Controls, sentence: str) -> Match:
     shuffled = controls.asker.log_likelihood(CAPTION_PROMPT, [[sentence]] * len(others), others)
     return Match(
         sentence=sentence,
-        log_p=float(asker.log_likelihood(CAPTION_PROMPT, [[sentence]])[0, 0]),
+        log_p=asker.log_likelihood(CAPTION_PROMPT, [[sentence]])[0][0],
         blind=float(asker.blind_log_likelihood(CAPTION_PROMPT, [sentence])[0]),
-        shuffled=tuple(shuffled[:, 0].tolist()),
+        shuffled=tuple(row[0] for row in shuffled),
     )
 
 

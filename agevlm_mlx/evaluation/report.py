@@ -1,12 +1,12 @@
 """The comparison of the two arms as one JSON: concat, and cross-attention with guidance."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from . import metrics
-from .benchmark import flatten
+from . import compare
+from .answers import Row
+from .benchmark import Benchmark, flatten, nest
+from .scoring import WAYS
 
 SCHEMA = 1
 #: Order of the arms in tables; the difference is the last minus the first.
@@ -16,132 +16,69 @@ ARMS = ("concat", "guided")
 POPE_KEYS = ("accuracy", "f1", "yes_ratio", "shuffled_accuracy", "blind_accuracy")
 
 
+#: Where a result has a number -> what its name in ``report.json`` begins with.
+_PREFIXES = {
+    "logits": "",
+    "look": "",
+    "text": "text_",
+    "shuffled.logits": "shuffled_",
+    "blind.logits": "blind_",
+}
+
+
 def assemble(
+    benchmark: Benchmark,
     evaluations: Mapping[str, Mapping[str, Any]],
-    answers: Mapping[str, Sequence[Mapping[str, Any]]],
+    answers: Mapping[str, Sequence[Row]],
     train_seconds: Mapping[str, float],
     **about: Any,
 ) -> dict[str, Any]:
     """``report.json``: the metrics of each arm under ``arms``, and everything needed to redo them.
 
-    evaluations: per arm what ``agevlm evaluate`` wrote as JSON, answers: its JSON lines;
-    train_seconds: wall time of each arm's training. `about` (machine, versions, commands, steps)
-    is added at the top level.
+    benchmark: the scenes; evaluations: per arm what ``agevlm evaluate`` wrote as JSON, answers:
+    its JSON lines; train_seconds: wall time of each arm's training. `about` (machine, versions,
+    commands, steps) is added at the top level.
     """
     arms = {}
     for name in ARMS:
         one = evaluations[name]
         arms[name] = {
-            **one["metrics"],
+            **_numbers(one),
             "train_seconds": train_seconds[name],
             "evaluate_seconds": one["seconds"],
-            "intervals": one["intervals"],
+            "intervals": _plain(one["intervals"]),
             "model": one["model"],
             "counts": one["counts"],
             "settings": one["settings"],
         }
-    seed = int(evaluations[ARMS[0]]["settings"]["seed"])
-    return {
-        "schema": SCHEMA,
-        "arms": arms,
-        "difference": differences(answers[ARMS[1]], answers[ARMS[0]], seed),
-        **about,
-    }
+    settings = evaluations[ARMS[0]]["settings"]
+    gaps = compare.differences(
+        benchmark, answers[ARMS[1]], answers[ARMS[0]], settings["boots"], settings["seed"]
+    )
+    known = {name: [gap.value, *gap.interval] for name, gap in gaps.items() if gap.interval}
+    return {"schema": SCHEMA, "arms": arms, "difference": _plain(known), **about}
 
 
-def differences(
-    first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]], seed: int = 0
-) -> dict[str, list[float]]:
-    """first - second with its 95 % interval [difference, low, high], paired by image.
-
-    Both are the answers of one benchmark to the same questions (rows of the .jsonl). A measure
-    that has no value for one of them (no object named at all) is left out.
-    """
-    out = {}
-    measures = {
-        f"pope.{split}.accuracy": (("pope", split), _correct)
-        for split in dict.fromkeys(row["split"] for row in first if row["task"] == "pope")
-    } | {
-        "pointing_game": (("grounding", None), lambda row: float(row["hit"])),
-        "energy_in_mask": (("grounding", None), lambda row: float(row["energy"])),
-    }
-    for name, ((task, split), value) in measures.items():
-        a, b = _rows(first, task, split), _rows(second, task, split)
-        shared = [key for key in a if key in b]
-        if shared:
-            out[name] = list(
-                metrics.paired_difference(
-                    [a[k]["image"] for k in shared],
-                    [value(a[k]) for k in shared],
-                    [value(b[k]) for k in shared],
-                    seed=seed,
-                )
-            )
-    out |= _caption_differences(first, second, seed)
-    out |= _matching_differences(first, second, seed)
-    return {name: gap for name, gap in out.items() if np.isfinite(gap).all()}
+def _numbers(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of one result with their controls beside them. POPE's are by logits."""
+    numbers = nest(_plain(flatten({**result["metrics"], **result["controls"]})))
+    for split, beside in numbers["pope"].items():
+        always = (one["pope"][split] for one in result["controls"]["constant"].values())
+        beside["constant_accuracy"] = max(one["accuracy"] for one in always)
+    return numbers
 
 
-def _correct(row: Mapping[str, Any]) -> float:
-    return float((row["margin"] > 0) == row["label"])
-
-
-def _rows(
-    answers: Iterable[Mapping[str, Any]], task: str, split: str | None = None
-) -> dict[tuple[Any, ...], Mapping[str, Any]]:
-    """The rows of one task by what identifies them in both arms."""
-    return {
-        (row["image"], row.get("question_id"), row.get("question")): row
-        for row in answers
-        if row["task"] == task and row.get("split") == split
-    }
-
-
-def _paired(
-    first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]], task: str
-) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
-    a, b = _rows(first, task), _rows(second, task)
-    return [(a[key], b[key]) for key in a if key in b]
-
-
-def _caption_differences(
-    first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]], seed: int
-) -> dict[str, list[float]]:
-    pairs = _paired(first, second, "caption")
-    if not pairs:
-        return {}
-    parts = [
-        metrics.caption_ratios(
-            np.array([metrics.caption_counts(row["mentions"], row["objects"]) for row in arm])
-        )
-        for arm in zip(*pairs, strict=True)
-    ]
-    draws = metrics.image_draws(len(pairs), seed=seed)
-    out = {}
-    for name in ("chair_i", "recall", "caption_f1"):
-        values = [
-            metrics.divide(top.sum(), bottom.sum()) for top, bottom in (p[name] for p in parts)
-        ]
-        drawn = [metrics.ratio_draws(*p[name], draws) for p in parts]
-        out[name] = [values[0] - values[1], *metrics.interval(drawn[0] - drawn[1])]
-    return out
-
-
-def _matching_differences(
-    first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]], seed: int
-) -> dict[str, list[float]]:
-    pairs = _paired(first, second, "matching")
-    out = {}
-    for name, column in (("matching_auroc", 1), ("matching_auroc_hard", 2)):
-        used = [pair for pair in pairs if pair[0]["captions"][column]]
-        if not used:
-            continue
-        p = np.array([[row["log_likelihood"] for row in pair] for pair in used], float)
-        draws = metrics.image_draws(len(used), seed=seed)
-        values = [metrics.auroc(p[:, arm, 0], p[:, arm, column]) for arm in (0, 1)]
-        drawn = [metrics.auroc_draws(p[:, arm, 0], p[:, arm, column], draws) for arm in (0, 1)]
-        out[name] = [values[0] - values[1], *metrics.interval(drawn[0] - drawn[1])]
-    return out
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of a result's dotted names under those of ``report.json``."""
+    plain = {}
+    for full, value in values.items():
+        for way, prefix in _PREFIXES.items():
+            stem, _, last = full.removeprefix(f"{way}.").rpartition(".")
+            if full.startswith(f"{way}.") and stem:
+                plain[f"{stem}.{prefix}{last}"] = value
+            elif full.startswith(f"{way}.") and way in WAYS:
+                plain[last] = value
+    return plain
 
 
 def summary(report: Mapping[str, Any]) -> str:

@@ -1,12 +1,11 @@
-"""A folder made by ``agevlm scenes``, as the benchmark needs it: questions, captions, masks.
+"""A folder made by ``agevlm scenes``, for evaluation and analysis: questions, captions, masks.
 
 Read from the files in their published formats (POPE JSON lines, COCO captions and instances),
 so that a folder of other pictures in the same formats can take its place.
 """
 
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,19 +13,26 @@ from typing import Any
 import numpy as np
 
 from .. import config
+from ..data.coco import instance_mask
 from ..data.nouns import theme_of
 from ..errors import UserError
-from ..sam.targets import rle_decode
+from ..sam.targets import rle_decode, rle_encode
 from .metrics import NounVocabulary
+from .source import Source
 
 POPE_SPLITS = ("random", "popular", "adversarial")
+NEEDS = (
+    "a folder made by 'agevlm scenes --out DIR --n 500 --split test': captions.json, "
+    "instances.json (COCO), pope_random.json, pope_popular.json, pope_adversarial.json (POPE) "
+    "and images/"
+)
 
 
 @dataclass(frozen=True)
 class Question:
-    """One line of a POPE file; `label` True = yes."""
+    """One line of a POPE file; `where` is its file and line, `label` True = yes."""
 
-    id: int
+    where: str
     text: str
     label: bool
 
@@ -52,109 +58,143 @@ class SceneFolder:
 
     items: tuple[SceneItem, ...]
     themes: Mapping[str, str]
-    meta: Mapping[str, Any]
-
-
-def read_pope(path: Path) -> list[dict[str, Any]]:
-    """The questions of a POPE file, JSON lines or one JSON array; errors name file and line."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: expected UTF-8 text: {error.reason}") from None
-    rows: list[tuple[int, Any]] = []
-    if text.lstrip().startswith("["):
-        rows = [(n + 1, row) for n, row in enumerate(config.read_json(path))]
-    else:
-        for number, line in enumerate(text.splitlines(), 1):
-            if line.strip():
-                try:
-                    rows.append((number, json.loads(line)))
-                except json.JSONDecodeError as error:
-                    raise UserError(f"{path}:{number}: malformed JSON: {error.msg}") from None
-    for number, row in rows:
-        wrong = [
-            key
-            for key, kind in (("question_id", int), ("image", str), ("text", str), ("label", str))
-            if not isinstance(row, dict) or not isinstance(row.get(key), kind)
-        ]
-        if wrong or row["label"].lower() not in ("yes", "no"):
-            raise UserError(
-                f"{path}:{number}: expected question_id, image, text and label (yes or no), "
-                f"got {str(row)[:80]}"
-            )
-    return [row for _, row in rows]
 
 
 def read_scene_folder(folder: Path) -> SceneFolder:
     """Read a scenes folder; ``UserError`` lists what is missing or malformed."""
-    needed = [f"pope_{split}.json" for split in POPE_SPLITS] + ["captions.json", "instances.json"]
-    missing = [name for name in needed if not (folder / name).is_file()]
-    if missing:
+    with Source(folder) as source:
+        found = read_scenes(source)
+        source.check(NEEDS)
+    if len(found.items) < 2:
         raise UserError(
-            f"{folder}: expected a folder made by 'agevlm scenes --out {folder}', "
-            f"{', '.join(missing)} missing"
+            f"{folder}: expected at least two images with questions, got {len(found.items)}"
         )
-    instances = _coco(folder / "instances.json", ("images", "annotations", "categories"))
-    captions = _coco(folder / "captions.json", ("annotations",))
-    try:
-        nouns = {c["id"]: c["name"] for c in instances["categories"]}
-        themes = {
-            c["name"]: c.get("supercategory") or theme_of(c["name"]) or ""
-            for c in instances["categories"]
-        }
-        files = {image["id"]: image["file_name"] for image in instances["images"]}
-        caption_of = {a["image_id"]: a["caption"] for a in captions["annotations"]}
-        objects: dict[int, dict[str, list[Any]]] = {number: {} for number in files}
-        for one in instances["annotations"]:
-            by_noun = objects[one["image_id"]]
-            by_noun.setdefault(nouns[one["category_id"]], []).append(one["segmentation"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{folder}: expected COCO instances and captions of the same images, "
-            f"{type(error).__name__} at {error}"
-        ) from None
+    return found
+
+
+def read_scenes(source: Source) -> SceneFolder:
+    """The same of a `Source`, which is told what is missing or malformed; the rest is read."""
+    asked = _questions(source)
+    instances = _table(source, "instances.json", ("images", "annotations", "categories"))
+    captions = _table(source, "captions.json", ("annotations",))
+    categories = dict(_rows(source, instances, "categories", id=int, name=str))
+    files = {
+        where: row
+        for where, row in _rows(
+            source, instances, "images", id=int, file_name=str, width=int, height=int
+        )
+        if _name(asked, row["file_name"]) in asked
+    }
+    names = {row["id"]: row["name"] for row in categories.values()}
+    sizes = {row["id"]: (row["height"], row["width"]) for row in files.values()}
+    described = {
+        row["image_id"]: row["caption"]
+        for _, row in _rows(source, captions, "annotations", image_id=int, caption=str)
+    }
+    objects: dict[int, dict[str, list[Any]]] = {number: {} for number in sizes}
+    for where, row in _rows(source, instances, "annotations", image_id=int, category_id=int):
+        if row["image_id"] not in sizes:
+            continue
+        rle = _rle(source, where, row, sizes[row["image_id"]])
+        if row["category_id"] not in names:
+            source.bad(where, f"expected a category_id of the file, got {row['category_id']}")
+        elif rle is not None:
+            noun = names[row["category_id"]]
+            objects[row["image_id"]].setdefault(noun, []).append(rle)
+    items: dict[str, SceneItem] = {}
+    for where, row in sorted(files.items(), key=lambda pair: pair[1]["id"]):
+        number, name = row["id"], row["file_name"]
+        path = source.image(where, name, "images")
+        if path is None:
+            continue
+        if name in items:
+            source.bad(where, f"expected every image once, got {name} again")
+            continue
+        items[name] = SceneItem(
+            name=name,
+            path=path,
+            caption=described.get(number, ""),
+            objects={noun: tuple(rles) for noun, rles in objects[number].items()},
+            questions={s: tuple(asked[_name(asked, name)].get(s, ())) for s in POPE_SPLITS},
+        )
+    themes = {
+        row["name"]: str(row.get("supercategory") or theme_of(row["name"]) or "")
+        for row in categories.values()
+    }
+    return SceneFolder(tuple(items.values()), themes)
+
+
+def _questions(source: Source) -> dict[str, dict[str, list[Question]]]:
+    """The questions by image and split."""
     asked: dict[str, dict[str, list[Question]]] = {}
     for split in POPE_SPLITS:
-        for row in read_pope(folder / f"pope_{split}.json"):
-            question = Question(row["question_id"], row["text"], row["label"].lower() == "yes")
-            asked.setdefault(row["image"], {}).setdefault(split, []).append(question)
-    items = tuple(
-        SceneItem(
-            name=name,
-            path=_image_path(folder, name),
-            caption=str(caption_of.get(number, "")),
-            objects={noun: tuple(rles) for noun, rles in objects[number].items()},
-            questions={s: tuple(asked[_key(asked, name)].get(s, ())) for s in POPE_SPLITS},
-        )
-        for number, name in sorted(files.items())
-        if _key(asked, name) in asked
-    )
-    if len(items) < 2:
-        raise UserError(f"{folder}: expected at least two images with questions, got {len(items)}")
-    meta_file = folder / "scenes.json"
-    meta = config.read_json(meta_file) if meta_file.is_file() else {}
-    return SceneFolder(items, themes, meta)
+        for path in _file(source, f"pope_{split}.json"):
+            for where, row in source.rows(path, ("image", "text", "label")):
+                image, text, label = (row[key] for key in ("image", "text", "label"))
+                label = str(label).lower()
+                if not isinstance(image, str) or not isinstance(text, str) or not text.strip():
+                    source.bad(where, f"expected an image and a text, got {image!r}, {text!r}")
+                elif label not in ("yes", "no"):
+                    source.bad(where, f"expected a label yes or no, got {row['label']!r}")
+                else:
+                    question = Question(where, text, label == "yes")
+                    asked.setdefault(image, {}).setdefault(split, []).append(question)
+    return asked
 
 
-def _coco(path: Path, tables: tuple[str, ...]) -> dict[str, Any]:
-    value = config.read_json(path)
-    wrong = [t for t in tables if not isinstance(value, dict) or not isinstance(value.get(t), list)]
-    if wrong:
-        raise UserError(f"{path}: expected a COCO file with lists {', '.join(wrong)}")
-    return value
+def _file(source: Source, name: str) -> list[Path]:
+    """The file of that name, if there is one."""
+    found = source.need(name, what=name)
+    if len(found) > 1:
+        source.bad(name, f"expected one in the folder, got {len(found)}; name the folder it is in")
+    return found[:1]
 
 
-def _key(asked: Mapping[str, Any], name: str) -> str:
+def _table(source: Source, name: str, lists: tuple[str, ...]) -> dict[str, Any]:
+    """A COCO file of the folder, with these lists."""
+    for path in _file(source, name):
+        try:
+            table = config.read_json(path)
+        except UserError as error:
+            source.bad(name, str(error))
+            break
+        lacks = [
+            t for t in lists if not isinstance(table, dict) or not isinstance(table.get(t), list)
+        ]
+        if not lacks:
+            return {"name": name, **table}
+        source.bad(name, f"expected a COCO file, got none with lists {', '.join(lacks)}")
+    return {"name": name} | {key: [] for key in lists}
+
+
+def _rows(
+    source: Source, table: Mapping[str, Any], key: str, **types: type
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, row) of a list of a COCO file; rows without values of these types are told."""
+    for n, row in enumerate(table[key], 1):
+        where = f"{table['name']}:{key} {n}"
+        wrong = [
+            k for k, t in types.items() if not isinstance(row, dict) or type(row.get(k)) is not t
+        ]
+        if wrong:
+            source.bad(where, f"expected {', '.join(wrong)}, got {str(row)[:60]}")
+        else:
+            yield where, row
+
+
+def _rle(source: Source, where: str, row: dict[str, Any], size: tuple[int, int]) -> Any:
+    """The mask of an annotation as RLE, whether that or polygons; None when it is neither."""
+    try:
+        mask = instance_mask(row, size, where)
+    except (UserError, LookupError, TypeError, ValueError, OverflowError) as error:
+        source.bad(where, f"expected a COCO segmentation: {error}")
+        return None
+    return row["segmentation"] if isinstance(row["segmentation"], dict) else rle_encode(mask)
+
+
+def _name(asked: Mapping[str, Any], name: str) -> str:
     """The name of an image in the POPE files: with or without its folder."""
     return name if name in asked else Path(name).name
-
-
-def _image_path(folder: Path, name: str) -> Path:
-    """An image of the folder; a path that leads out of it is refused."""
-    for candidate in (folder / name, folder / "images" / name):
-        if candidate.is_file() and candidate.resolve().is_relative_to(folder.resolve()):
-            return candidate
-    raise UserError(f"{folder}: expected the image {name} in it, as instances.json says")
 
 
 def swap_noun(

@@ -212,17 +212,24 @@ class AgeVLM(nn.Module):
             return self.language_model(inputs, cache=cache, input_embeddings=input_embeddings)
         return self.language_model(inputs, cache=cache)
 
-    def last_logits(self, inputs: mx.array, cache: list[Any]) -> mx.array:
-        """ids int32 [B T] -> logits [B 1 V] of the last position.
+    def last_logits(
+        self, inputs: mx.array, cache: list[Any], last: mx.array | None = None
+    ) -> mx.array:
+        """ids int32 [B T] -> logits [B 1 V] of the last position, or of the positions `last`
+        int32 [B] (rows that are padded on the right).
 
-        The output layer, often the largest of a small model, is computed for that position only.
+        The output layer, often the largest of a small model, is computed for them only.
         """
+
+        def keep(out: mx.array) -> mx.array:
+            return out[:, -1:] if last is None else out[mx.arange(len(last)), last][:, None]
+
         trunk = self.language_model.model
-        trunk.last_only = True
+        trunk.keep = keep
         try:
             return self(inputs, cache)[:, -1:]
         finally:
-            trunk.last_only = False
+            trunk.keep = None
 
     def attend(
         self,

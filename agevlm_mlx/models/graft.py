@@ -152,15 +152,15 @@ _grounded_classes: dict[type, type] = {}
 
 def _trunk(trunk_class: type) -> type:
     """`trunk_class`, everything of a language model before its output layer, with a call that
-    hands on the last position alone when it is told so (``AgeVLM.last_logits``)."""
+    hands on one position of each row alone when it is told so (``AgeVLM.last_logits``)."""
     if trunk_class not in _trunk_classes:
 
         @functools.wraps(trunk_class.__call__)
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             out = trunk_class.__call__(self, *args, **kwargs)
-            return out[:, -1:] if self.last_only and isinstance(out, mx.array) else out
+            return self.keep(out) if self.keep and isinstance(out, mx.array) else out
 
-        members = {"__call__": call, "last_only": False}
+        members = {"__call__": call, "keep": None}
         _trunk_classes[trunk_class] = type(trunk_class.__name__, (trunk_class,), members)
     return _trunk_classes[trunk_class]
 

@@ -34,6 +34,7 @@ from agevlm_mlx.data.painting import SIDE, TILE, make_scene
 from agevlm_mlx.data.records import Record
 from agevlm_mlx.data.scene_texts import POPE_KINDS, corner, mismatched, scene_records
 from agevlm_mlx.data.scenes import write_scenes
+from agevlm_mlx.data.styles import STYLES, Style, draw_sprite
 from agevlm_mlx.errors import UserError
 from agevlm_mlx.sam.targets import rle_decode
 
@@ -80,18 +81,23 @@ def test_masks_cover_exactly_what_was_painted(monkeypatch: pytest.MonkeyPatch) -
         assert (painted & ~near).sum() < 0.02 * seen.sum()
 
 
+def paint(nouns: list[str]) -> painting.Scene | None:
+    rng = np.random.default_rng(0)
+    return painting._paint(rng, nouns, "plain", rng)
+
+
 def test_an_object_in_front_hides_what_is_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(painting, "_place", lambda rng, side, others: (40, 40 + 12 * len(others)))
     monkeypatch.setattr(painting, "_MIN_VISIBLE", 0.0)
-    both = painting._paint(np.random.default_rng(0), ["book", "clock"])
-    alone = painting._paint(np.random.default_rng(0), ["book"])
+    both = paint(["book", "clock"])
+    alone = paint(["book"])
     assert both is not None
     assert alone is not None
     hidden = alone.masks[0] & ~both.masks[0]
     assert hidden.sum() > 0
     assert (hidden <= both.masks[1]).all()
     monkeypatch.setattr(painting, "_MIN_VISIBLE", 0.999)
-    assert painting._paint(np.random.default_rng(0), ["book", "clock"]) is None
+    assert paint(["book", "clock"]) is None
 
 
 def test_big_and_small_are_apart() -> None:
@@ -104,6 +110,103 @@ def test_big_and_small_are_apart() -> None:
     # What stands in front may cut a big one, so a few are allowed to overlap.
     assert np.quantile(sides["small"], 0.98) < np.quantile(sides["big"], 0.05)
     assert max(sides["big"]) < 75
+
+
+# --- the styles
+
+
+@pytest.mark.parametrize("style", ["recoloured", "outlined", "blurred"])
+def test_a_style_changes_the_look_and_nothing_else(style: Style) -> None:
+    for i in range(12):
+        plain, other = make_scene(3, "test", i), make_scene(3, "test", i, style)
+        assert (other.nouns, other.sizes) == (plain.nouns, plain.sizes)
+        np.testing.assert_array_equal(other.masks, plain.masks)
+        np.testing.assert_array_equal(other.boxes, plain.boxes)
+        np.testing.assert_array_equal(other.image, make_scene(3, "test", i, style).image)
+        change = np.abs(other.image.astype(int) - plain.image).mean(axis=2)
+        for mask in plain.masks:
+            assert change[mask].mean() > 8
+        if style != "blurred":  # the sprites' soft rims reach a little out of the masks
+            assert np.mean(change[~plain.masks.any(axis=0)] > 0) < 0.05
+
+
+def test_recoloured_objects_keep_their_brightness_and_no_two_their_colours() -> None:
+    sprite = np.zeros((4, 4, 4), np.float32)
+    sprite[:2] = (120, 40, 40, 200)  # half see-through red, alpha premultiplied
+    rng = np.random.default_rng(0)
+    drawn = [draw_sprite(sprite, "recoloured", rng)[0, 0] for _ in range(20)]
+    luma = np.array([0.299, 0.587, 0.114])
+    for one in drawn:
+        assert one[3] == 200
+        assert 0 <= one[:3].min() <= one[:3].max() <= 200
+        assert one[:3] @ luma == pytest.approx(sprite[0, 0, :3] @ luma, abs=12)  # some is clipped
+        assert np.abs(one[:3] - sprite[0, 0, :3]).max() > 15
+    assert len({tuple(one) for one in drawn}) == 20
+    assert not draw_sprite(sprite, "recoloured", rng)[2:].any()  # what was clear stays clear
+
+
+def test_outlined_objects_have_lines_and_no_colours() -> None:
+    sprite = np.zeros((30, 30, 4), np.float32)
+    sprite[5:25, 5:25] = (90, 60, 60, 255)
+    sprite[5:25, 15:25, :3] = (255, 255, 240)
+    drawn = draw_sprite(sprite, "outlined", np.random.default_rng(0))
+    np.testing.assert_array_equal(drawn[..., 3], sprite[..., 3])
+    assert np.ptp(drawn[..., :3], axis=-1).max() < 10
+    ink = drawn[..., 0] < 100
+    assert ink[5, 5:25].all()  # where it ends
+    assert ink[10, 14:16].any()  # where dark and bright meet
+    assert (drawn[10, 8:12, :3] > 240).all()
+    assert (drawn[10, 18:22, :3] > 240).all()
+
+
+def test_scaled_objects_have_sizes_that_train_does_not_show(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shown: dict[str, dict[str, list[int]]] = {}
+    real = painting._cutout
+
+    def cutout(noun: str, pose: painting._Pose) -> np.ndarray:
+        sides.append(pose.inner)
+        return real(noun, pose)
+
+    monkeypatch.setattr(painting, "_cutout", cutout)
+    for split, style in (("train", "plain"), ("test", "scaled")):
+        found = shown[style] = {"small": [], "big": []}
+        for i in range(40):
+            sides: list[int] = []
+            scene = make_scene(6, split, i, style)
+            # Those of layouts that were thrown away come before.
+            for size, side in zip(scene.sizes, sides[-len(scene.nouns) :], strict=True):
+                found[size].append(side)
+            assert scene.nouns == make_scene(6, split, i).nouns
+    scaled, train = shown["scaled"], shown["plain"]
+    assert max(scaled["small"]) < min(train["small"])
+    assert max(train["big"]) < min(scaled["big"])
+
+
+@pytest.mark.parametrize("style", STYLES[1:])
+def test_a_folder_of_another_style_asks_the_same_and_has_its_own_pixels(
+    tmp_path: Path, style: Style
+) -> None:
+    for folder, own in (("plain", "plain"), ("other", style), ("again", style)):
+        assert write_scenes(tmp_path / folder, 6, 4, "test", style=own)
+    plain, other, again = (fingerprint(tmp_path / folder) for folder in ("plain", "other", "again"))
+    assert other == again
+    for name in plain:
+        if name.startswith("pope"):
+            assert other[name] == plain[name]
+        if name.endswith(".png"):
+            assert other[name] != plain[name]
+        if name in ("captions.json", "instances.json"):
+            assert (other[name] == plain[name]) == (style != "scaled")
+    assert json.loads((tmp_path / "other" / "scenes.json").read_text())["style"] == style
+    # Folders made before there were styles say nothing of theirs, and are still finished.
+    assert "style" not in json.loads((tmp_path / "plain" / "scenes.json").read_text())
+    with pytest.raises(UserError, match=rf"style={style} version=1, asked for .* style=plain"):
+        write_scenes(tmp_path / "other", 6, 4, "test")
+
+
+# --- the sprites
 
 
 def test_sprites_look_different_when_small() -> None:
@@ -417,6 +520,7 @@ def test_an_interrupted_folder_is_not_finished_and_can_be_completed(
         ((10_000_000, 0, "train"), "n: expected 1 to 999999 pictures"),
         ((1, -1, "train"), "seed: expected a number >= 0, got -1"),
         ((1, 0, "dev"), "split: expected train, val"),
+        ((1, 0, "val", None, "cubist"), "style: expected plain, recoloured"),
     ],
 )
 def test_impossible_arguments_write_nothing(tmp_path: Path, arguments: Any, message: str) -> None:
@@ -436,6 +540,11 @@ def test_the_command_says_what_it_made(tmp_path: Path, capsys: pytest.CaptureFix
     assert "already there" in capsys.readouterr().out
     assert command.main([*arguments[:-1], "val"]) == 2
     assert capsys.readouterr().err.startswith("error: ")
+    assert command.main([*arguments, "--style", "blurred"]) == 2
+    assert "style=plain" in capsys.readouterr().err
+    styled = [*arguments, "--style", "blurred", "--out", str(tmp_path / "blurred")]
+    assert command.main(styled) == 0
+    assert "2 blurred nouns scenes in" in capsys.readouterr().out
 
 
 def test_a_full_disk_is_one_line_and_nothing_that_looks_finished(

@@ -1,19 +1,19 @@
 """The scenes shown in the report are the evaluation's own answers."""
 
-import json
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from agevlm_mlx.benchmarks.scenes import BENCHMARK
 from agevlm_mlx.data import scenes as drawing
 from agevlm_mlx.data.image import Preprocessor
-from agevlm_mlx.evaluation import files, scenes
-from agevlm_mlx.evaluation.benchmark import Settings
+from agevlm_mlx.evaluation.answers import Row
+from agevlm_mlx.evaluation.benchmark import Item
 from agevlm_mlx.evaluation.gallery import SIDE, Card, cards
-from agevlm_mlx.evaluation.metrics import NounVocabulary
-from agevlm_mlx.evaluation.scene_folder import SceneFolder, SceneItem, read_scene_folder
-
-from .fakes import Script, fake
+from agevlm_mlx.evaluation.scene_folder import SceneFolder, read_scene_folder
+from agevlm_mlx.evaluation.source import Source
 
 IMAGES = 10
 
@@ -25,55 +25,79 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> tuple[SceneFolder, Path]
     return read_scene_folder(path), path
 
 
-def answers(folder: SceneFolder, path: Path, script: Script, out: Path) -> list[dict]:
-    """The rows as they come back from the .jsonl."""
-    result = scenes.run(fake(folder, script), path, Settings(boots=10))
-    files.write_json_lines(out, result.answers)
-    return [json.loads(line) for line in out.read_text().splitlines()]
+def items(path: Path) -> list[Item]:
+    with Source(path) as source:
+        return BENCHMARK.read(source)
+
+
+def rows(asked: Sequence[Item], knows: bool) -> list[Row]:
+    """The answers of a model that knows every picture, or of one that says yes and looks at the
+    first cell."""
+    found = []
+    for item in asked:
+        row: Row = {key: getattr(item, key) for key in ("key", "unit", "kind", "prompt", "label")}
+        row |= {"options": list(item.options), "about": dict(item.about), "phrase": item.phrase}
+        if item.kind == "choice":
+            row["scores"] = [0.0, 1.0] if knows and item.label == "no" else [0.0, -1.0]
+        elif item.kind == "text":
+            row["answer"] = f"Of {item.unit}." if knows else "Yes"
+        elif item.kind == "look":
+            assert item.mask is not None
+            mask = item.mask()
+            coverage = Preprocessor().geometry(*mask.shape[::-1]).mask_to_grid(mask, (8, 8))
+            cell = int(coverage.argmax()) if knows else 0
+            attention = np.arange(64) == cell
+            row["look"] = {
+                "map": attention.astype(float).tolist(),
+                "energy": float(coverage[cell]),
+                "uniform": float(coverage.mean()),
+                "hit": knows,
+            }
+        found.append(row)
+    return found
+
+
+PLACED = (Preprocessor(), (8, 8))
 
 
 @pytest.fixture
-def shown(folder: tuple[SceneFolder, Path], tmp_path: Path) -> list[Card]:
-    scene_folder, path = folder
-    nouns = NounVocabulary(list(scene_folder.themes))
-
-    def knows(item: SceneItem | None, question: str) -> str:
-        if item is None or question.startswith("Describe"):
-            return item.caption if item else ""
-        return "Yes" if nouns.mentions(question)[0] in item.objects else "No"
-
-    rows = {
-        "concat": answers(scene_folder, path, lambda *_: "Yes", tmp_path / "a.jsonl"),
-        "guided": answers(scene_folder, path, knows, tmp_path / "b.jsonl"),
-    }
-    preprocessor = Preprocessor()
-    placed = {arm: (preprocessor, (8, 8)) for arm in rows}
-    return cards(scene_folder.items, rows, placed, count=4)
+def shown(folder: tuple[SceneFolder, Path]) -> list[Card]:
+    asked = items(folder[1])
+    found = {"concat": rows(asked, False), "guided": rows(asked, True)}
+    return cards(folder[0].items, found, dict.fromkeys(found, PLACED), count=4)
 
 
 def test_a_card_shows_what_each_arm_said(shown, folder):
     assert len(shown) == 4
-    captions = {item.caption for item in folder[0].items}
+    names = {item.caption: item.name for item in folder[0].items}
     for card in shown:
         present, absent = card.questions
         assert (present.label, absent.label) == (True, False)
         assert card.noun in present.question
         assert present.answers == {"concat": True, "guided": True}
         assert absent.answers == {"concat": True, "guided": False}
-        assert card.captions == {"concat": "Yes", "guided": card.caption}
-        assert card.caption in captions
+        assert card.captions == {"concat": "Yes", "guided": f"Of {names[card.caption]}."}
+        assert card.hit == {"concat": False, "guided": True}
         assert max(card.picture.size) == SIDE
         assert {tile.size for tile in card.overlays.values()} == {card.picture.size}
         assert 0 < card.uniform < card.energy["guided"] <= 1
 
 
-def test_the_scenes_are_spread_over_the_test_set_not_chosen(folder, tmp_path):
+def test_the_scenes_are_spread_over_the_test_set_not_chosen(folder):
     scene_folder, path = folder
-    rows = {"guided": answers(scene_folder, path, lambda *_: "No", tmp_path / "a.jsonl")}
-    placed = {"guided": (Preprocessor(), (8, 8))}
-    every = cards(scene_folder.items, rows, placed, count=100)
-    some = cards(scene_folder.items, rows, placed, count=3)
-    assert len(every) <= IMAGES
+    found, placed = {"guided": rows(items(path), True)}, {"guided": PLACED}
+    every = cards(scene_folder.items, found, placed, count=100)
+    some = cards(scene_folder.items, found, placed, count=3)
+    assert len(every) == IMAGES
     assert some[0].caption == every[0].caption
     assert some[-1].caption == every[-1].caption
     assert cards(scene_folder.items, {"guided": []}, placed) == []
+
+
+def test_a_scene_whose_object_cannot_be_seen_is_not_shown(folder):
+    scene_folder, path = folder
+    found = rows(items(path), True)
+    hidden = next(row for row in found if row["kind"] == "look")
+    hidden["look"] = {}
+    every = cards(scene_folder.items, {"guided": found}, {"guided": PLACED}, count=100)
+    assert len(every) == IMAGES - 1

@@ -9,82 +9,76 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from agevlm_mlx.evaluation import files, report, report_page
+from agevlm_mlx.benchmarks.scenes import BENCHMARK
+from agevlm_mlx.evaluation import files, report, report_page, scoring
+from agevlm_mlx.evaluation.answers import Row
 from agevlm_mlx.evaluation.benchmark import flatten
 from agevlm_mlx.evaluation.charts import Line, line_chart, smooth
 from agevlm_mlx.evaluation.gallery import Asked, Card
 
-POPE = {
-    "accuracy": 0.5,
-    "f1": 0.6,
-    "yes_ratio": 0.7,
-    "shuffled_accuracy": 0.5,
-    "blind_accuracy": 0.5,
+SPLITS = ("random", "popular", "adversarial")
+
+
+def rows(right: list[bool], caption: str, truer: float) -> list[Row]:
+    """The answers of one arm; two questions, one caption and one noun to look for an image."""
+    found: list[Row] = []
+
+    def add(key: str, image: str, task: str, about: dict[str, Any], **rest: Any) -> None:
+        row = {"key": key, "unit": image, "image": image, "prompt": "?", "label": "", "options": []}
+        found.append(row | {"about": {"task": task, **about}} | rest)
+
+    for n, correct in enumerate(right):
+        label = n % 2 == 0
+        margin = 1.0 if correct == label else -1.0
+        add(
+            f"q{n}", f"{n // 2}.png", "pope", {"splits": list(SPLITS)},
+            kind="choice", label="yes" if label else "no", options=["yes", "no"],
+            answer="Yes", scores=[margin, 0.0],
+            shuffled_answer="Yes", shuffled_scores=[1.0, 0.0],
+            blind_answer="No", blind_scores=[-1.0, 0.0],
+        )  # fmt: skip
+    for n in range(len(right) // 2):
+        image, objects = f"{n}.png", {"objects": ["dog"], "nouns": ["dog", "cat"]}
+        half = {"hit_half_heads": False, "energy_half_heads": 0.7}
+        look = {
+            "hit": n > 0,
+            "near": True,
+            "energy": 0.5,
+            "uniform": 0.0931,
+            "on_image": 0.9,
+            **half,
+        }
+        add(f"look{n}", image, "grounding", {}, kind="look", phrase="dog", look=look)
+        add(f"caption{n}", image, "caption", objects, kind="text", answer=caption)
+        add(f"match{n}", image, "matching", {}, kind="likelihood",
+            options=["true", "other", "hard"], scores=[truer, 0.0, 0.5])  # fmt: skip
+    return found
+
+
+ROWS = {
+    "concat": rows([True, False] * 20, "A dog and a cat.", -1.0),
+    "guided": rows([True] * 40, "A dog.", 1.0),
 }
 
 
-def evaluation(adversarial: float) -> dict[str, Any]:
-    metrics = {
-        "pope": {
-            "random": POPE,
-            "popular": POPE,
-            "adversarial": {**POPE, "accuracy": adversarial},
-        },
-        "matching_auroc": 0.9,
-        "matching_auroc_hard": 0.7,
-        "pointing_game": 0.8125,
-        "energy_in_mask": 0.6,
-        "uniform_energy": 0.0931,
-        "chair_i": 0.25,
-        "chair_s": 0.4,
-        "recall": 0.5,
-        "caption_f1": 0.55,
-        "repeated_mentions": 0.1,
-        "mentions_per_caption": 2.0,
-    }
+def evaluation(found: list[Row]) -> dict[str, Any]:
+    """As ``agevlm evaluate`` writes it."""
+    scored = scoring.score(BENCHMARK, found, scoring.units(found), 100, 0)
     return {
-        "metrics": metrics,
-        "intervals": {"pope.adversarial.accuracy": [adversarial - 0.05, adversarial + 0.05]},
         "seconds": 12.0,
         "model": {"path": "m", "fingerprint": "0123abcd", "parameters": 1000, "fusion": "cross"},
-        "counts": {"images": 40},
-        "settings": {"seed": 0},
+        "counts": {"images": 20},
+        "settings": {"seed": 0, "boots": 100},
+        **scoring.report(scored),
     }
 
 
-def answers(right: list[bool], mentions: list[str], truer: float) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    for n, correct in enumerate(right):
-        label = n % 2 == 0
-        image = f"{n // 2}.png"
-        pope = {"question_id": n, "question": f"q{n}", "label": label, "image": image}
-        margin = 1.0 if correct == label else -1.0
-        rows.append({"task": "pope", "split": "adversarial", "margin": margin, **pope})
-    for n in range(len(right) // 2):
-        image = f"{n}.png"
-        rows.append(
-            {"task": "grounding", "image": image, "question": "q", "hit": n > 0, "energy": 0.5}
-        )
-        rows.append({"task": "caption", "image": image, "mentions": mentions, "objects": ["dog"]})
-        rows.append(
-            {
-                "task": "matching",
-                "image": image,
-                "captions": ["a", "b", ""],
-                "log_likelihood": [truer, 0.0, 0.0],
-            }
-        )
-    return rows
-
-
-@pytest.fixture
+@pytest.fixture(scope="module")
 def comparison() -> dict[str, Any]:
     return report.assemble(
-        {"concat": evaluation(0.55), "guided": evaluation(0.8)},
-        {
-            "concat": answers([True, False] * 20, ["dog", "cat"], -1.0),
-            "guided": answers([True] * 40, ["dog"], 1.0),
-        },
+        BENCHMARK,
+        {arm: evaluation(found) for arm, found in ROWS.items()},
+        ROWS,
         {"concat": 100.5, "guided": 120.0},
         machine={"device": "CPU"},
         versions={"mlx": "1"},
@@ -96,7 +90,7 @@ def comparison() -> dict[str, Any]:
 def test_report_json_has_what_was_promised(comparison):
     for arm in ("concat", "guided"):
         one = comparison["arms"][arm]
-        for split in ("random", "popular", "adversarial"):
+        for split in SPLITS:
             assert set(report.POPE_KEYS) <= set(one["pope"][split])
         for key in (
             "matching_auroc",
@@ -106,36 +100,64 @@ def test_report_json_has_what_was_promised(comparison):
             "train_seconds",
         ):
             assert isinstance(one[key], float)
-    assert comparison["arms"]["guided"]["pope"]["adversarial"]["accuracy"] == 0.8
     assert comparison["arms"]["concat"]["train_seconds"] == 100.5
     assert json.loads(json.dumps(files.plain(comparison)))["schema"] == report.SCHEMA
+
+
+def test_controls_and_both_ways_of_asking_stand_beside_their_number(comparison):
+    guided = comparison["arms"]["guided"]["pope"]["adversarial"]
+    assert guided["accuracy"] == 1.0
+    assert guided["text_accuracy"] == 0.5  # in words it says yes to everything
+    assert guided["shuffled_accuracy"] == guided["blind_accuracy"] == 0.5
+    assert guided["constant_accuracy"] == 0.5
+    assert guided["yes_ratio"] == 0.5
+    intervals = comparison["arms"]["concat"]["intervals"]
+    known = {"pope.random.accuracy", "pope.random.text_accuracy", "chair_i", "pointing_game"}
+    assert known <= set(intervals)
+    for name, (low, high) in intervals.items():
+        assert low - 1e-9 <= flatten(comparison["arms"]["concat"])[name] <= high + 1e-9
+
+
+def test_names_of_controls_are_those_of_the_report():
+    names = {
+        "logits.pope.random.accuracy": 1,
+        "text.pope.random.accuracy": 2,
+        "shuffled.logits.pope.random.accuracy": 3,
+        "blind.logits.pope.random.accuracy": 4,
+        "blind.logits.matching_auroc": 5,
+        "blind.text.pope.random.accuracy": 6,
+        "text.chair_i": 7,
+        "constant.yes.pope.random.accuracy": 8,
+    }
+    assert report._plain(names) == {
+        "pope.random.accuracy": 1,
+        "pope.random.text_accuracy": 2,
+        "pope.random.shuffled_accuracy": 3,
+        "pope.random.blind_accuracy": 4,
+        "chair_i": 7,
+    }
 
 
 def test_differences_are_guided_minus_concat_on_the_same_items(comparison):
     gap = comparison["difference"]
     # guided answers all 40 right, concat every second one
     assert gap["pope.adversarial.accuracy"][0] == pytest.approx(0.5)
+    assert gap["pope.adversarial.text_accuracy"] == [0, 0, 0]
     # guided never names the absent cat, concat in one of two mentions; both find the dog
     assert gap["chair_i"] == [pytest.approx(-0.5)] * 3
     assert gap["recall"] == [0, 0, 0]
     assert gap["caption_f1"] == [pytest.approx(1 - 2 / 3)] * 3
     assert gap["pointing_game"] == [0, 0, 0]
-    # guided always prefers the true caption, concat never; nobody has a hard one
-    assert gap["matching_auroc"] == [pytest.approx(1.0)] * 3
-    assert "matching_auroc_hard" not in gap
-
-
-def test_a_question_only_one_arm_answered_is_left_out_of_the_difference():
-    both = answers([True] * 4, ["dog"], 1.0)
-    gap = report.differences(both + answers([False] * 40, [], 0.0)[4:], both)
-    assert gap["pope.adversarial.accuracy"][0] == 0
+    # guided always prefers the true caption, concat never
+    assert gap["matching_auroc"] == gap["matching_auroc_hard"] == [pytest.approx(1.0)] * 3
 
 
 def test_a_model_that_says_nothing_has_no_hallucination_rate_to_compare():
-    both = answers([True] * 4, [], 1.0)
-    gap = report.differences(both, both)
-    assert "chair_i" not in gap
-    assert gap["recall"] == [0, 0, 0]
+    found = dict.fromkeys(report.ARMS, rows([True] * 4, "", 1.0))
+    evaluations = {arm: evaluation(one) for arm, one in found.items()}
+    gap = report.assemble(BENCHMARK, evaluations, found, dict.fromkeys(report.ARMS, 1.0))
+    assert "chair_i" not in gap["difference"]
+    assert gap["difference"]["recall"] == [0, 0, 0]
 
 
 CURVES = {
@@ -212,7 +234,7 @@ def test_summary_puts_both_arms_side_by_side(comparison):
     lines = report.summary(comparison).splitlines()
     assert lines[0].split() == ["concat", "guided"]
     adversarial = next(line for line in lines if line.startswith("pope.adversarial.accuracy"))
-    assert adversarial.split()[1:4] == ["0.550", "0.800", "+0.500"]
+    assert adversarial.split()[1:4] == ["0.500", "1.000", "+0.500"]
 
 
 def test_a_chart_marks_stages_and_survives_missing_values():

@@ -1,0 +1,246 @@
+"""``report.html``: one self-contained page of what `agevlm analyze` found, light and dark.
+
+Every model has a column and a colour of its own. The numbers are those of report.json.
+"""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from importlib import resources
+from typing import Any
+
+from ..evaluation import files
+from . import sections
+from .sections import Model, chip, percent, span
+
+Result = Mapping[str, Any]
+
+
+def render(result: Result, captions: Mapping[str, str]) -> str:
+    """The page. result: as written to report.json; captions: of the pictures, by their path."""
+    result = files.plain(result)
+    models = _models(result)
+    page = resources.files("agevlm_mlx") / "assets" / "analysis.html"
+    template = page.read_text(encoding="utf-8")
+    parts = {
+        "LEAD": _lead(result),
+        "MODELS": "".join(f"<li>{_who(model)}</li>" for model in models),
+        "TILES": _tiles(models),
+        "WORDS": "".join(map(_said, models)),
+        "MATCHING": sections.matching(models),
+        "LOOKING": sections.looking(models, captions),
+        "CAUSAL": sections.causal(models),
+        "LIMITS": "".join(f"<li>{line}</li>" for line in _limits(models)),
+        "ABOUT": _about(result, models),
+    }
+    for name, html in parts.items():
+        template = template.replace(f"<!--{name}-->", html)
+    return template
+
+
+def sentences(result: Result) -> list[str]:
+    """What was found, in words made from the numbers; for a terminal and the page."""
+    models = _models(files.plain(result))
+    return [f"{model.name}: {line}" for model in models for line in _of_model(model)]
+
+
+def _models(result: Result) -> list[Model]:
+    """Named by their folders, with as much of the path as tells them apart."""
+    paths = [str(one["about"]["path"]).rstrip("/").split("/") for one in result["models"]]
+    size = 1
+    while size < max(map(len, paths)) and len({tuple(p[-size:]) for p in paths}) < len(paths):
+        size += 1
+    names = ["/".join(path[-size:]) for path in paths]
+    return [
+        Model(n, name, one)
+        for n, (name, one) in enumerate(zip(names, result["models"], strict=True))
+    ]
+
+
+def _lead(result: Result) -> str:
+    count, names = result["data"]["images"], result["settings"]["only"]
+    asked = {
+        "matching": "whether a model tells the caption of a picture from another one, and at "
+        "which layer",
+        "attention": "where its attention goes when it is asked about a thing",
+        "causal": "whether its answer changes when the thing is blanked out",
+    }
+    questions = [text for name, text in asked.items() if name in names]
+    listed = " and ".join(
+        [", ".join(questions[:-1]), questions[-1]] if questions[1:] else questions
+    )
+    return (
+        f"{count} pictures of <b>{escape(result['data']['path'])}</b>. What was asked: {listed}. "
+        "Every number stands beside what no skill gives, with its 95 % interval by bootstrap over "
+        "pictures."
+    )
+
+
+def _who(model: Model) -> str:
+    about = model.data["about"]
+    kinds = {
+        "cross": "cross-attention to the image",
+        "concat": "image tokens in front of the text",
+    }
+    facts = [kinds.get(str(about.get("fusion")), str(about.get("fusion", "")))]
+    if about.get("parameters"):
+        facts.append(f"{about['parameters']:,} parameters")
+    if about.get("grid"):
+        facts.append("image seen as " + " x ".join(map(str, about["grid"])) + " tokens")
+    return f"{chip(model)} <small>{escape(', '.join(f for f in facts if f))}</small>"
+
+
+# --- what it comes to ------------------------------------------------------------------------
+
+
+def _tiles(models: Sequence[Model]) -> str:
+    """The headline numbers: (text, number of a model or None if it has none)."""
+    tiles = (
+        (
+            "times out of 100 a picture's own caption is more likely to it than another picture's "
+            "(chance 50)",
+            lambda m: m.separated("log_p", "random", "win_rate"),
+        ),
+        (
+            "times out of 100 it is more likely than itself with one noun exchanged (chance 50)",
+            lambda m: m.separated("log_p", "hard", "win_rate"),
+        ),
+        (
+            "times out of 100 its attention peaks on the thing it is asked about",
+            lambda m: m.looked("hit"),
+        ),
+        (
+            "points of P(yes) lost when the thing is blanked, beyond those lost when as much is "
+            "blanked elsewhere",
+            lambda m: m.effect("p_yes", -1),
+        ),
+    )
+    parts = []
+    for text, of in tiles:
+        known = [(model, number) for model in models if (number := of(model))]
+        numbers = "".join(
+            f'<span class="big m{model.n}">{percent(number)}<small>{escape(model.name)}</small>'
+            "</span>"
+            for model, number in known
+        )
+        if known:
+            parts.append(f'<div class="tile"><div class="pair">{numbers}</div><p>{text}</p></div>')
+    return "".join(parts)
+
+
+def _said(model: Model) -> str:
+    lines = "".join(f"<li>{escape(line)}</li>" for line in _of_model(model))
+    return f"<div><h3>{chip(model)}</h3><ul>{lines}</ul></div>"
+
+
+def _of_model(model: Model) -> list[str]:
+    lines = []
+    easy, hard = (model.separated("log_p", kind, "win_rate") for kind in ("random", "hard"))
+    if easy:
+        line = (
+            "It finds a picture's own caption more likely than another picture's in "
+            f"{percent(easy)} of 100 pairs{span(easy)}"
+        )
+        if hard:
+            line += (
+                ", and than the same caption with one noun exchanged in "
+                f"{percent(hard)}{span(hard)}"
+            )
+        lines.append(line + "; chance 50.")
+    p_yes = (model.data.get("matching") or {}).get("p_yes")
+    if p_yes:
+        said = "Asked whether the caption describes the picture, it says yes with probability "
+        said += (
+            f"{percent(p_yes['matching'])} % for its own, {percent(p_yes['mismatching'])} % for "
+        )
+        said += "another picture's"
+        if p_yes["hard"]["value"] is not None:
+            said += f" and {percent(p_yes['hard'])} % for one with a noun exchanged"
+        lines.append(said + ".")
+    layers = (model.data.get("matching") or {}).get("layers")
+    if layers:
+        last = layers[-1]["centred"]["random"]["auroc"]
+        lines.append(
+            "After its last layer the cosine between text and image states puts a matching pair "
+            f"above a mismatching one in {percent(last)} of 100 comparisons{span(last)}; chance 50."
+        )
+    hit, energy = model.looked("hit"), model.looked("energy")
+    if hit and energy:
+        base = hit["baselines"]
+        lines.append(
+            f"Its attention peaks on the thing it is asked about in {percent(hit)} of 100 "
+            f"cases{span(hit)}; a random point in {percent(base['uniform'])}, the middle of the "
+            f"picture in {percent(base['centre'])}. {percent(energy)} % of its attention on the "
+            f"image lies on the thing, which covers {percent(energy['baselines']['uniform'])} %."
+        )
+    elif model.data.get("attention") and not model.data["attention"]["measures"]:
+        lines.append("It does not show where it looks.")
+    effect = model.effect("p_yes", 1)
+    if effect:
+        change = model.data["causal"]["present"]["p_yes"]["mean colour"]
+        lines.append(
+            "Blanking the thing it is asked about changes its P(yes) by "
+            f"{percent(change['change_object'], sign=True)} points, blanking as much elsewhere by "
+            f"{percent(change['change_elsewhere'], sign=True)}: the thing itself counts for "
+            f"{percent(effect, sign=True)}{span(effect, sign=True)}."
+        )
+    return lines
+
+
+def _limits(models: Sequence[Model]) -> list[str]:
+    lines = [
+        "One training run of each model: the intervals cover the choice of pictures, not that of "
+        "the random seed.",
+        "An independent implementation after the idea of AGE-VLM (arXiv 2511.17793), whose exact "
+        "similarity is not public: these are not the paper's numbers.",
+    ]
+    if any(model.data.get("matching") for model in models):
+        lines.append(
+            "Captions are not complete: another picture's caption may by chance be true of a "
+            "picture, which lowers what can be reached."
+        )
+    if any(model.data.get("attention") for model in models):
+        lines.append(
+            "Attention maps show where a model looks, not what it uses; the causal test is the "
+            "stronger evidence. Heads and layers that look best here were picked on these "
+            "pictures; only the column <i>best head</i> is scored on others."
+        )
+    if len({str(model.data["about"].get("fusion")) for model in models}) > 1:
+        lines.append(
+            "The state of an image is not the same thing in the two fusions (see <i>Layer by "
+            "layer</i>), nor is attention: for concat it is self-attention in all layers, for "
+            "cross its cross-attention only."
+        )
+    return lines
+
+
+def _about(result: Result, models: Sequence[Model]) -> str:
+    settings = {k: v for k, v in result["settings"].items() if v is not None}
+    facts = [
+        ("pictures", f"{result['data']['images']} of {result['data']['path']}"),
+        ("settings", _listed(settings)),
+        ("machine", _listed(result["machine"])),
+        ("versions", _listed(result["versions"])),
+        ("finished", f"{result['finished']}, after {result['seconds']:.0f} s"),
+    ]
+    for model in models:
+        about = model.data["about"]
+        facts.append((f"model {model.name}", f"{about['path']} ({about.get('fingerprint', '')})"))
+    problems = [
+        line
+        for model in models
+        for part in ("matching", "attention", "causal")
+        for line in (model.data.get(part) or {}).get("problems", ())
+    ]
+    facts += [("left out", line) for line in dict.fromkeys(problems)]
+    rows = "".join(
+        f"<tr><th scope='row'>{escape(name)}</th><td>{escape(text)}</td></tr>"
+        for name, text in facts
+    )
+    return f"<table><tbody>{rows}</tbody></table><pre>{escape(result['command'])}</pre>"
+
+
+def _listed(facts: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{name} {', '.join(map(str, value)) if isinstance(value, list) else value}"
+        for name, value in facts.items()
+    )

@@ -1,0 +1,180 @@
+"""`agevlm analyze`: does a model tell captions apart, and does it look where the words are?"""
+
+import argparse
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from . import errors
+from .analysis import causal, figures, looking, matching, report
+from .analysis.examples import Example, read_examples
+from .analysis.subject import Subject, subject
+from .atomic import write_text
+from .errors import UserError
+from .evaluation import files
+from .evaluation.machine import machine, versions
+
+#: name -> what it asks.
+PARTS = {
+    "matching": "does it tell the caption of a picture from another one, and at which layer?",
+    "attention": "does it look where the thing is that it is asked about? Which heads do?",
+    "causal": "does the answer change when the thing is blanked out of the picture?",
+}
+
+EXAMPLES = """
+parts:
+{parts}
+
+data: a folder made by 'agevlm scenes', COCO's captions and instances with their images, or
+records (.jsonl) with phrases and boxes or masks
+
+examples:
+  agevlm scenes --out data/test --n 200 --seed 7 --split test
+  agevlm analyze --data data/test --limit 100
+  agevlm analyze --data data/test --model runs/demo/concat --model runs/demo/guided
+  agevlm analyze --data coco --model some/mlx-vlm-folder --only matching --others 7
+
+Writes OUT/report.html, one page with everything in it, and the same numbers as OUT/report.json.
+"""
+
+
+@errors.command
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; see ``--help``."""
+    args = _parser().parse_args(argv)
+    _check(args)
+    figures.require()
+    settings = matching.Settings(
+        others=args.others,
+        question=args.question,
+        boots=args.boots,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        progress=_progress,
+    )
+    examples = read_examples(args.data, args.limit, args.seed)
+    out = files.make_folder(args.out)
+    for name in ("report.html", "report.json"):
+        files.check_writable(out / name)
+    started = time.perf_counter()
+    models = []
+    for source in args.model or [None]:
+        one = subject(source)
+        print(f"{one.about['path']}: {len(examples)} pictures", file=sys.stderr)
+        models.append({"about": dict(one.about), **_analyse(one, examples, args.only, settings)})
+    command = sys.argv[1:] if argv is None else argv
+    result = {
+        "command": shlex.join(["agevlm", "analyze", *command]),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": time.perf_counter() - started,
+        "data": {"path": str(args.data), "images": len(examples)},
+        "settings": {
+            name: getattr(args, name)
+            for name in ("limit", "seed", "boots", "others", "question", "only")
+        },
+        "versions": versions(),
+        "machine": machine(),
+        "models": models,
+    }
+    captions = {str(example.image): example.caption for example in examples}
+    files.write_json(out / "report.json", result)
+    write_text(out / "report.html", report.render(result, captions))
+    for sentence in report.sentences(result):
+        print(sentence)
+    print(f"written: {out / 'report.html'}, report.json")
+    return 0
+
+
+def _analyse(
+    one: Subject, examples: Sequence[Example], parts: Sequence[str], settings: matching.Settings
+) -> dict[str, Any]:
+    """The parts that were asked for; the others are None."""
+    options = {
+        "batch_size": settings.batch_size,
+        "boots": settings.boots,
+        "seed": settings.seed,
+        "progress": settings.progress,
+    }
+    measures: Mapping[str, Callable[[], dict[str, Any]]] = {
+        "matching": lambda: matching.measure(one, examples, settings),
+        "attention": lambda: looking.looking(one, examples, **options),
+        "causal": lambda: causal.causal(one, examples, **options),
+    }
+    return {name: measures[name]() if name in parts else None for name in PARTS}
+
+
+def _parser() -> argparse.ArgumentParser:
+    listed = "\n".join(f"  {name:<11}{text}" for name, text in PARTS.items())
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=EXAMPLES.format(parts=listed),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--model",
+        action="append",
+        help="checkpoint folder or hub id of ours, or a folder that mlx-vlm loads; given several "
+        "times, they stand side by side (default: the demo's model or the shipped one)",
+    )
+    parser.add_argument("--data", required=True, type=Path, help="pictures, captions and masks")
+    parser.add_argument("--limit", type=int, help="a random sample of this many pictures")
+    parser.add_argument("--seed", type=int, default=0, help="of samples, mismatches and draws")
+    parser.add_argument(
+        "--only",
+        type=lambda text: [name.strip() for name in text.split(",") if name.strip()],
+        default=list(PARTS),
+        metavar="PART[,PART]",
+        help="some of the parts below (default: all)",
+    )
+    parser.add_argument(
+        "--others",
+        type=int,
+        default=matching.Settings.others,
+        help="captions of other pictures that each picture meets (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--question",
+        default=matching.Settings.question,
+        help="how to ask whether a caption fits (default: %(default)r)",
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=matching.Settings.batch_size, help="pictures together"
+    )
+    parser.add_argument("--boots", type=int, default=1000, help="bootstrap draws (default: 1000)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("results/analysis"),
+        help="folder of the report (default: results/analysis)",
+    )
+    return parser
+
+
+def _check(args: argparse.Namespace) -> None:
+    unknown = [name for name in args.only if name not in PARTS]
+    if unknown or not args.only:
+        got = repr(unknown[0]) if unknown else "nothing"
+        raise UserError(f"--only: expected some of {', '.join(PARTS)}, got {got}")
+    for name in ("batch_size", "boots", "others"):
+        if getattr(args, name) < 1:
+            option = "--" + name.replace("_", "-")
+            raise UserError(f"{option}: expected 1 or more, got {getattr(args, name)}")
+    models = args.model or []
+    if len(models) > figures.MODELS:
+        raise UserError(f"--model: expected at most {figures.MODELS}, got {len(models)}")
+    if len(set(models)) < len(models):
+        raise UserError("--model: expected different models, got the same one twice")
+
+
+def _progress(task: str, done: int, total: int) -> None:
+    if sys.stderr.isatty():
+        end = "\n" if done >= total else ""
+        print(f"\r  {task:<20}{done}/{total} ", end=end, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

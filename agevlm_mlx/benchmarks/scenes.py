@@ -1,0 +1,206 @@
+"""The embedded benchmark: does the model see what is there, and look where it is?
+
+On held-out scenes: POPE (random, popular, adversarial), caption matching, caption hallucination
+(CHAIR), and where the attention lies for the noun that a question asks for.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache, partial
+from typing import Any
+
+import numpy as np
+
+from ..data.records import CAPTION_PROMPT
+from ..evaluation import metrics
+from ..evaluation.benchmark import Benchmark, Given, Item, Scores
+from ..evaluation.scene_folder import (
+    NEEDS,
+    POPE_SPLITS,
+    Question,
+    SceneFolder,
+    SceneItem,
+    read_scenes,
+    swap_noun,
+)
+from ..evaluation.source import Source
+
+#: Of the captions that are told apart: the same ones for every model and every run.
+_SEED = 1
+YES_NO = ("yes", "no")
+
+#: Score -> what it is the mean of, of `pointing.measures`.
+_LOOKS = {
+    "pointing_game": "hit",
+    "pointing_game_tolerance": "near",
+    "pointing_game_half_heads": "hit_half_heads",
+    "energy_in_mask": "energy",
+    "energy_in_mask_half_heads": "energy_half_heads",
+    "uniform_energy": "uniform",
+    "attention_on_image": "on_image",
+}
+
+
+def read(source: Source) -> list[Item]:
+    """Each picture's questions, captions to tell apart, own caption, and nouns to look for."""
+    folder = read_scenes(source)
+    nouns = metrics.NounVocabulary(list(folder.themes))
+    told_apart = {item.unit: item for item in _matching(folder)}
+    items: list[Item] = []
+    for scene in folder.items:
+        items += _pope(scene, source)
+        items += [told_apart[scene.name]] if scene.name in told_apart else []
+        about = {"task": "caption", "objects": sorted(scene.objects), "nouns": [*folder.themes]}
+        key = f"caption:{scene.name}"
+        items.append(_item(scene, key, CAPTION_PROMPT, kind="text", about=about))
+        items += _looks(scene, nouns)
+    return items
+
+
+def _item(scene: SceneItem, key: str, prompt: str, **rest: Any) -> Item:
+    return Item(key=key, unit=scene.name, image=scene.path, prompt=prompt, **rest)
+
+
+def _pope(scene: SceneItem, source: Source) -> Iterator[Item]:
+    """The questions; one that stands in several splits is asked once."""
+    asked: dict[str, list[tuple[str, Question]]] = {}
+    for split in POPE_SPLITS:
+        for question in scene.questions[split]:
+            asked.setdefault(question.text, []).append((split, question))
+    for text, places in asked.items():
+        first = places[0][1]
+        other = next((q for _, q in places if q.label != first.label), None)
+        if other is not None:
+            source.bad(other.where, f"expected the answer of {first.where} to {text!r}, got both")
+            continue
+        yield _item(
+            scene,
+            first.where,
+            text,
+            label="yes" if first.label else "no",
+            options=YES_NO,
+            about={"task": "pope", "splits": list(dict.fromkeys(split for split, _ in places))},
+        )
+
+
+def _matching(folder: SceneFolder) -> Iterator[Item]:
+    """The true caption, another picture's, and the true one with one noun exchanged."""
+    scenes = [scene for scene in folder.items if scene.caption]
+    if len(scenes) < 2:
+        return
+    rng, order = np.random.default_rng(_SEED), metrics.derangement(len(scenes), _SEED)
+    for n, scene in enumerate(scenes):
+        hard = swap_noun(scene.caption, list(scene.objects), folder.themes, rng)
+        yield _item(
+            scene,
+            f"matching:{scene.name}",
+            CAPTION_PROMPT,
+            kind="likelihood",
+            label=scene.caption,
+            options=(scene.caption, scenes[order[n]].caption, *([hard] if hard else [])),
+            about={"task": "matching"},
+        )
+
+
+def _looks(scene: SceneItem, nouns: metrics.NounVocabulary) -> Iterator[Item]:
+    """The noun of each question about something that is there."""
+    there: dict[str, Question] = {}
+    for question in (q for split in POPE_SPLITS for q in scene.questions[split] if q.label):
+        there.setdefault(question.text, question)
+    for question in there.values():
+        for noun in nouns.mentions(question.text)[:1]:
+            if noun in scene.objects:
+                yield _item(
+                    scene,
+                    f"look:{question.where}",
+                    question.text,
+                    kind="look",
+                    phrase=noun,
+                    mask=partial(scene.mask, noun),
+                    about={"task": "grounding", "noun": noun},
+                )
+
+
+def parse(item: Item, said: str) -> str:
+    """POPE's own rule."""
+    return "yes" if metrics.parse_yes_no(said) else "no"
+
+
+def score(given: Sequence[Given], scores: Scores) -> None:
+    """Every score of the tasks that were answered."""
+    for split in POPE_SPLITS:
+        if mine := [g for g in _of(given, "pope") if split in g.item.about["splits"]]:
+            _score_split(mine, f"pope.{split}", scores)
+    if mine := [g for g in _of(given, "matching") if g.scores]:
+        _score_matching(mine, scores)
+    if mine := _of(given, "caption"):
+        _score_captions(mine, scores)
+    if mine := [g for g in _of(given, "grounding") if g.look]:
+        for name, key in _LOOKS.items():
+            scores.mean(name, mine, [float(g.look[key]) for g in mine])
+        scores.derive("energy_gain", np.divide, "energy_in_mask", "uniform_energy")
+
+
+def _of(given: Iterable[Given], task: str) -> list[Given]:
+    return [one for one in given if one.item.about["task"] == task]
+
+
+def _score_split(given: Sequence[Given], name: str, scores: Scores) -> None:
+    labels = np.array([g.item.label == "yes" for g in given])
+    said = np.array([g.answer == "yes" for g in given])
+    answered = np.array([g.answer in YES_NO for g in given])
+    scores.mean(f"{name}.accuracy", given, answered & (said == labels))
+    scores.ratio(f"{name}.precision", given, said & labels, said)
+    scores.ratio(f"{name}.recall", given, said & labels, labels)
+    scores.ratio(f"{name}.f1", given, 2 * (said & labels), said.astype(int) + labels)
+    scores.mean(f"{name}.yes_ratio", given, said)
+    if all(g.scores for g in given):
+        margin = np.array([g.scores[0] - g.scores[1] for g in given])
+        scores.put(f"{name}.auroc", metrics.auroc(margin[labels], margin[~labels]))
+
+
+def _score_matching(given: Sequence[Given], scores: Scores) -> None:
+    for column, suffix in ((1, ""), (2, "_hard")):
+        if pairs := [g for g in given if len(g.scores) > column]:
+            true, other = (np.array([g.scores[n] for g in pairs]) for n in (0, column))
+            scores.auroc(f"matching_auroc{suffix}", pairs, true, other)
+            wins = (true > other) + 0.5 * (true == other)
+            scores.mean(f"matching_win_rate{suffix}", pairs, wins)
+
+
+def _score_captions(given: Sequence[Given], scores: Scores) -> None:
+    counts = [metrics.caption_counts(_mentions(g), g.item.about["objects"]) for g in given]
+    for name, (top, bottom) in metrics.caption_ratios(np.array(counts)).items():
+        scores.ratio(name, given, top, bottom)
+
+
+def _mentions(given: Given) -> list[str]:
+    """The nouns that a caption names, in order."""
+    return _vocabulary(tuple(given.item.about["nouns"])).mentions(given.answer)
+
+
+@cache
+def _vocabulary(nouns: tuple[str, ...]) -> metrics.NounVocabulary:
+    return metrics.NounVocabulary(nouns)
+
+
+BENCHMARK = Benchmark(
+    name="scenes",
+    about="held-out embedded scenes: POPE, matching, hallucinated objects, grounding",
+    needs=NEEDS,
+    read=read,
+    score=score,
+    parse=parse,
+    headline=(
+        "pope.adversarial.accuracy",
+        "pope.popular.accuracy",
+        "pope.random.accuracy",
+        "matching_auroc",
+        "matching_auroc_hard",
+        "chair_i",
+        "caption_f1",
+        "pointing_game",
+        "energy_in_mask",
+        "uniform_energy",
+    ),
+    max_tokens=48,
+)

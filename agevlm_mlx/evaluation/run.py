@@ -1,0 +1,269 @@
+"""Asks a model everything a benchmark holds, with controls, and keeps every answer.
+
+Beside the question about its own image each item is asked about another one (shuffled) and about
+none (blind). Images go through in chunks, and each image's partner is in its chunk, so that memory
+is bounded and a run that was broken off goes on where it stopped and ends with the same answers.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+
+from ..errors import UserError
+from . import pointing
+from .answers import AnswerFile, Row
+from .benchmark import Benchmark, Item, Kind
+from .metrics import derangement
+from .respondent import Looked, Request, Respondent
+
+#: (items done, all items)
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a benchmark is run with.
+
+    limit: a random sample of so many units (images, pairs, sets); seed: of the sample, the
+    shuffled images and the bootstrap. prompt, max_tokens: in place of the benchmark's own.
+    batch_size: images at once. skip_bad: leave out and count what cannot be used.
+    """
+
+    limit: int | None = None
+    seed: int = 0
+    prompt: str | None = None
+    max_tokens: int | None = None
+    batch_size: int = 50
+    boots: int = 1000
+    skip_bad: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("limit", 1), ("batch_size", 2), ("max_tokens", 1), ("boots", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                flag = f"--{name.replace('_', '-')}"
+                raise UserError(f"{flag}: expected at least {least}, got {value}")
+        if not 0 <= self.seed < 2**31:
+            raise UserError(f"--seed: expected 0 to 2^31 - 1, got {self.seed}")
+        if self.prompt is not None and "{question}" not in self.prompt:
+            raise UserError(f"--prompt: expected '{{question}}' in it, got {self.prompt!r}")
+
+
+def sample(items: Sequence[Item], settings: Settings) -> list[Item]:
+    """The items of at most `limit` units, in their order."""
+    units = list(dict.fromkeys(item.unit for item in items))
+    if settings.limit is None or settings.limit >= len(units):
+        return list(items)
+    rng = np.random.default_rng(settings.seed)
+    chosen = {units[n] for n in rng.choice(len(units), settings.limit, replace=False)}
+    return [item for item in items if item.unit in chosen]
+
+
+def digest(items: Sequence[Item]) -> str:
+    """A fingerprint of what is asked and what is right; not of the pictures themselves."""
+    told = hashlib.sha256()
+    for item in items:
+        about = (item.key, item.unit, item.kind, item.prompt, item.label, item.options, item.phrase)
+        told.update(repr(about).encode())
+    return told.hexdigest()[:16]
+
+
+def chunks(items: Sequence[Item], images: int) -> Iterator[list[Item]]:
+    """The items of so many images at a time, in their order; last those about no image.
+
+    No chunk has a single image if there are two, since each needs another one beside it.
+    """
+    by_image: dict[Path | None, list[Item]] = {}
+    for item in items:
+        by_image.setdefault(item.image, []).append(item)
+    without = by_image.pop(None, [])
+    groups = list(by_image.values())
+    starts = list(range(0, len(groups), images))
+    if len(starts) > 1 and len(groups) - starts[-1] == 1:
+        starts.pop()  # the last image joins the chunk before
+    for start, end in zip(starts, [*starts[1:], len(groups)], strict=False):
+        yield [item for group in groups[start:end] for item in group]
+    for start in range(0, len(without), 8 * images):
+        yield without[start : start + 8 * images]
+
+
+@dataclass(eq=False)
+class _Asked:
+    """An item on its way to a row."""
+
+    item: Item
+    prompt: str
+    partner: Path | None
+    row: Row
+    left: int = 0
+
+    def ways(self, what: str) -> Iterator[tuple[str, Request]]:
+        """Under which name of the row an answer is kept, and what it answers."""
+        yield what, Request(self.item.image, self.prompt)
+        if self.partner is not None:
+            yield f"shuffled_{what}", Request(self.partner, self.prompt)
+        if self.item.image is not None:
+            yield f"blind_{what}", Request(None, self.prompt)
+
+
+#: What is asked: the request, and the options it is asked with.
+Asked = tuple[Request, tuple[str, ...]]
+
+
+@dataclass
+class Run:
+    """One benchmark asked of one model.
+
+    problems: images that could not be read and were left out, with `skip_bad`.
+    """
+
+    respondent: Respondent
+    benchmark: Benchmark
+    settings: Settings
+    answers: AnswerFile
+    progress: Progress = lambda done, total: None
+    problems: list[str] = field(default_factory=list)
+    #: Answers without an image: the same questions recur.
+    _blind: dict[tuple[str, Asked], Any] = field(default_factory=dict)
+    _skipped: int = 0
+    _total: int = 0
+
+    def ask(self, items: Sequence[Item]) -> None:
+        """Answer what has no answer yet. ``UserError`` for an image that cannot be read, unless
+        bad ones are skipped; the answers so far are kept."""
+        self._total = len(items)
+        for number, chunk in enumerate(chunks(items, self.settings.batch_size)):
+            waiting = [item for item in chunk if item.key not in self.answers.rows]
+            if waiting:
+                self._ask_chunk(number, chunk, waiting)
+                self.answers.sync()
+        self._tell()
+
+    def _tell(self) -> None:
+        self.progress(len(self.answers.rows) + self._skipped, self._total)
+
+    def _ask_chunk(self, number: int, chunk: Sequence[Item], waiting: Sequence[Item]) -> None:
+        images = list(dict.fromkeys(item.image for item in chunk if item.image is not None))
+        bad = self.respondent.show(images)
+        for image, reason in bad.items():
+            lost = sum(item.image == image for item in waiting)
+            self._skipped += lost
+            if not self.settings.skip_bad:
+                raise UserError(f"{reason}; --skip-bad leaves its {lost} items out")
+            self.problems.append(reason)
+        images = [image for image in images if image not in bad]
+        order = derangement(len(images), self.settings.seed + number) if len(images) > 1 else []
+        partner: dict[Path | None, Path] = {images[n]: images[k] for n, k in enumerate(order)}
+        asked = [
+            _Asked(item, self._prompt(item), partner.get(item.image), _begin(item))
+            for item in waiting
+            if item.image not in bad
+        ]
+        for one in asked:
+            if one.partner is not None:
+                one.row["shuffled_image"] = one.partner.name
+        by_kind = {kind: [one for one in asked if one.item.kind == kind] for kind in get_args(Kind)}
+        self._look(by_kind["look"])
+        self._score(by_kind["choice"], self.respondent.options)
+        self._score(by_kind["likelihood"], self.respondent.log_likelihood)
+        for one in by_kind["look"] + by_kind["likelihood"]:
+            self.answers.add(one.row)
+        self._tell()
+        short = self.benchmark.max_tokens
+        self._say(by_kind["choice"], self.settings.max_tokens or short)
+        long = self.benchmark.text_tokens or short
+        self._say(by_kind["text"], self.settings.max_tokens or long)
+
+    def _prompt(self, item: Item) -> str:
+        if item.kind == "look":  # the phrase is looked for as the benchmark puts it
+            return item.prompt
+        template = self.settings.prompt or self.benchmark.prompt
+        return template.replace("{question}", item.prompt)
+
+    def _look(self, asked: Sequence[_Asked]) -> None:
+        phrases = [one.item.phrase for one in asked]
+        requests = [Request(one.item.image, one.prompt) for one in asked]
+        found = self.respondent.look(requests, phrases) if asked else []
+        for one, looked in zip(asked, found, strict=True):
+            one.row["look"] = {} if looked is None else _measured(one.item, looked)
+
+    def _score(
+        self,
+        asked: Sequence[_Asked],
+        ask: Callable[[list[Request], list[tuple[str, ...]]], Sequence[Sequence[float]]],
+    ) -> None:
+        """Log-probabilities of the options."""
+        places = self._places(asked, "scores")
+        if places:
+            found = ask([request for request, _ in places], [options for _, options in places])
+            for wanted, scores in zip(list(places), found, strict=True):
+                self._keep(places, wanted, list(scores), "scores")
+
+    def _say(self, asked: Sequence[_Asked], max_tokens: int) -> None:
+        """Answers in words; each row is written as soon as it has all of its own."""
+        places = self._places(asked, "answer")
+        for one in asked:
+            if not one.left:
+                self.answers.add(one.row)
+        wanted = list(places)
+        said = self.respondent.generate([request for request, _ in wanted], max_tokens)
+        for n, text in said if wanted else ():
+            for one in self._keep(places, wanted[n], text, "answer"):
+                if not one.left:
+                    self.answers.add(one.row)
+                    self._tell()
+
+    def _places(self, asked: Sequence[_Asked], what: str) -> dict[Asked, list[tuple[_Asked, str]]]:
+        """Every different thing to ask, and where its answer belongs."""
+        places: dict[Asked, list[tuple[_Asked, str]]] = {}
+        for one in asked:
+            options = one.item.options if what == "scores" else ()
+            for name, request in one.ways(what):
+                known = self._blind.get((what, (request, options)))
+                if known is None:
+                    places.setdefault((request, options), []).append((one, name))
+                    one.left += what == "answer"
+                else:
+                    one.row[name] = known
+        return places
+
+    def _keep(
+        self, places: dict[Asked, list[tuple[_Asked, str]]], asked: Asked, value: Any, what: str
+    ) -> list[_Asked]:
+        """Put an answer where it belongs."""
+        if asked[0].image is None:
+            self._blind[what, asked] = value
+        for one, name in places[asked]:
+            one.row[name] = value
+            one.left -= what == "answer"
+        return [one for one, _ in places[asked]]
+
+
+def _begin(item: Item) -> Row:
+    """The part of a row that says what was asked; `scoring.as_item` reads it."""
+    row: Row = {
+        "key": item.key,
+        "unit": item.unit,
+        "image": None if item.image is None else item.image.name,
+        "kind": item.kind,
+        "prompt": item.prompt,
+        "label": item.label,
+        "options": list(item.options),
+        "about": dict(item.about),
+    }
+    return row | ({"phrase": item.phrase} if item.phrase else {})
+
+
+def _measured(item: Item, looked: Looked) -> dict[str, Any]:
+    mask = item.mask() if item.mask is not None else None
+    if mask is None:
+        return {}
+    found = pointing.measures(looked.attention, mask, looked.geometry, looked.null)
+    if found:
+        mean = looked.attention.mean((0, 1)).ravel()
+        found["map"] = [round(float(value), 5) for value in mean]
+    return found

@@ -1,0 +1,248 @@
+"""Tables of untrusted files as rows: JSON arrays and lines, TSV, CSV, parquet, Arrow.
+
+A reader goes on after a malformed row where it can; nothing here raises for what a file holds.
+Parquet and Arrow are read a few rows at a time: their rows hold whole images.
+"""
+
+import csv
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError, one_line
+
+#: A row, or what is wrong with it, and its number: its first line, or in parquet its place.
+Numbered = tuple[int, "dict[str, Any] | str"]
+#: Characters of one field: base64 images are megabytes, csv's own limit is 131072.
+MAX_FIELD = 1 << 28
+#: Rows of parquet and Arrow in memory at a time.
+_BATCH = 16
+_REST = "the rest of the file is left out"
+
+
+def rows(path: Path) -> Iterator[Numbered]:
+    """The rows of a table, read as its ending says.
+
+    ``UserError`` for an ending that is none of `ENDINGS`, or where pyarrow is wanted and absent.
+    """
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        raise UserError(f"{path}: expected a table ({', '.join(ENDINGS)})")
+    try:
+        yield from reader(path)
+    except OSError as error:
+        yield 1, f"cannot be read: {error.strerror or one_line(error)}"
+
+
+def lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a text that are not blank, without their ends; see `damage`."""
+    with _open(path) as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield number, line.rstrip("\r\n")
+
+
+def damage(text: str) -> str:
+    """What is wrong with the characters of a line, "" if nothing is."""
+    if "\0" in text:
+        return "expected UTF-8 text, got NUL characters"
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # bytes that are no UTF-8 were read as lone surrogates
+        return "expected UTF-8 text, got other bytes"
+    return ""
+
+
+def _open(path: Path, newline: str | None = None) -> Any:
+    """A text file: UTF-8 with or without its mark, or UTF-16 with it."""
+    with path.open("rb") as file:
+        wide = file.read(2) in (b"\xff\xfe", b"\xfe\xff")
+    if wide:
+        return path.open(encoding="utf-16", errors="replace", newline=newline)
+    return path.open(encoding="utf-8-sig", errors="surrogateescape", newline=newline)
+
+
+# --- JSON ------------------------------------------------------------------------------------
+
+
+def _json(path: Path) -> Iterator[Numbered]:
+    """An array of objects, or one object a line."""
+    with _open(path) as file:
+        start = file.read(4096).lstrip()
+    if start.startswith("["):
+        yield from _array(path)
+    else:
+        yield from _json_lines(path)
+
+
+def _json_lines(path: Path) -> Iterator[Numbered]:
+    for count, (number, line) in enumerate(lines(path)):
+        value, problem = _decoded(line)
+        if problem and not count and line.startswith("{"):
+            with _open(path) as file:  # an indented object has no line that is one
+                whole, _ = _decoded(file.read())
+            if isinstance(whole, dict):
+                names = ", ".join(map(repr, list(whole)[:3]))
+                yield 1, f"expected an array, or one object a line, got one object with {names}"
+                return
+        yield number, problem or _row(value)
+
+
+def _array(path: Path) -> Iterator[Numbered]:
+    with _open(path) as file:
+        text = file.read()
+    decoder, place, line = json.JSONDecoder(), text.index("[") + 1, 1
+    line += text.count("\n", 0, place)
+
+    def skip(at: int) -> int:
+        while at < len(text) and text[at] in " \t\r\n":
+            at += 1
+        return at
+
+    first = True
+    while True:
+        start = skip(place)
+        line, place = line + text.count("\n", place, start), start
+        if first and text.startswith("]", start):
+            return
+        try:
+            value, place = decoder.raw_decode(text, start)
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", "") or one_line(error)
+            yield line, f"malformed JSON: {reason}; {_REST}"
+            return
+        problem = damage(text[start:place]) or _escaped_damage(text[start:place])
+        yield line, problem or _row(value)
+        after = skip(place)
+        line, place, first = line + text.count("\n", start, after), after + 1, False
+        if text.startswith("]", after):
+            return
+        if not text.startswith(",", after):
+            yield line, f"malformed JSON: expected ',' or ']'; {_REST}"
+            return
+
+
+def _decoded(text: str) -> tuple[Any, str]:
+    """(value, "") of a JSON text, or (None, what is wrong)."""
+    problem = damage(text)
+    if not problem:
+        try:
+            return json.loads(text), _escaped_damage(text)
+        except (ValueError, RecursionError) as error:  # also a number of 5000 digits
+            problem = f"malformed JSON: {getattr(error, 'msg', '') or one_line(error)}"
+    return None, problem
+
+
+def _escaped_damage(text: str) -> str:
+    """Half a surrogate pair can also be written as an escape, and no file can hold it."""
+    if "\\ud" not in text and "\\uD" not in text:
+        return ""
+    return damage(json.dumps(json.loads(text), ensure_ascii=False))
+
+
+def _row(value: Any) -> dict[str, Any] | str:
+    return value if isinstance(value, dict) else f"expected an object, got {str(value)[:40]!r}"
+
+
+# --- TSV and CSV -----------------------------------------------------------------------------
+
+
+def _csv(path: Path) -> Iterator[Numbered]:
+    csv.field_size_limit(MAX_FIELD)
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    with _open(path, newline="") as file:
+        reader = csv.reader(file, delimiter=delimiter, strict=True)
+        header: list[str] = []
+        while True:
+            number = reader.line_num + 1
+            try:
+                values = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield number, f"malformed {path.suffix[1:].upper()}: {error}"
+                continue
+            problem = next(filter(None, map(damage, values)), "")
+            if not any(value.strip() for value in values):
+                continue
+            if not header:
+                header = [value.strip() for value in values]
+                if problem or len(set(header)) < len(header):
+                    yield number, f"{problem or 'expected different column names'}; {_REST}"
+                    return
+            elif problem or len(values) != len(header):
+                yield number, problem or f"expected {len(header)} values, got {len(values)}"
+            else:
+                yield number, dict(zip(header, values, strict=True))
+
+
+# --- parquet and Arrow -----------------------------------------------------------------------
+
+
+def _parquet(path: Path) -> Iterator[Numbered]:
+    _pyarrow(path)
+    from pyarrow import parquet
+
+    def batches() -> Iterator[Any]:
+        # As pyarrow would have it, the whole file is read before the first row.
+        with parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
+            yield from file.iter_batches(batch_size=_BATCH)
+
+    yield from _batches(path, batches)
+
+
+def _arrow(path: Path) -> Iterator[Numbered]:
+    """A file of ``datasets``, as ``save_to_disk`` writes it: an Arrow stream."""
+    pyarrow = _pyarrow(path)
+    from pyarrow import ipc
+
+    def batches() -> Iterator[Any]:
+        with pyarrow.memory_map(str(path)) as file, ipc.open_stream(file) as stream:
+            yield from stream
+
+    yield from _batches(path, batches)
+
+
+def _batches(path: Path, batches: Callable[[], Iterator[Any]]) -> Iterator[Numbered]:
+    number, kind = 0, path.suffix[1:]
+    try:
+        for batch in batches():
+            for at in range(batch.num_rows):
+                number += 1
+                try:
+                    row = batch.slice(at, 1).to_pylist()[0]
+                except (ValueError, OverflowError) as error:  # text that is no UTF-8, odd dates
+                    row = f"cannot be read: {one_line(error)}"
+                yield number, row
+    except Exception as error:  # on damaged data Arrow raises OSError, ValueError and its own
+        if isinstance(error, UserError):
+            raise
+        with path.open("rb") as file:
+            pointer = file.read(40).startswith(b"version https://git-lfs")
+        if pointer:
+            yield 1, "a git-lfs pointer, not the file itself; get it with `git lfs pull`"
+        else:
+            yield number + 1, f"damaged or truncated {kind}: {one_line(error)}; {_REST}"
+
+
+def _pyarrow(path: Path) -> Any:
+    try:
+        import pyarrow
+    except ImportError:
+        raise UserError(
+            f'{path}: reading {path.suffix} files wants pyarrow: pip install "agevlm-mlx[datasets]"'
+        ) from None
+    return pyarrow
+
+
+_READERS: dict[str, Callable[[Path], Iterator[Numbered]]] = {
+    ".json": _json,
+    ".jsonl": _json_lines,
+    ".tsv": _csv,
+    ".csv": _csv,
+    ".parquet": _parquet,
+    ".arrow": _arrow,
+}
+#: Of the files that `rows` reads.
+ENDINGS = tuple(_READERS)

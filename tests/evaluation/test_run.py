@@ -1,0 +1,346 @@
+"""Asking everything once, with controls; going on where a run was broken off."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from agevlm_mlx.errors import UserError
+from agevlm_mlx.evaluation import scoring
+from agevlm_mlx.evaluation.answers import AnswerFile, read_rows
+from agevlm_mlx.evaluation.benchmark import Benchmark, Given, Item, Scores
+from agevlm_mlx.evaluation.respondent import Request
+from agevlm_mlx.evaluation.run import Run, Settings, chunks, digest, sample
+from tests.suite.fakes import Scripted
+
+#: The right answer to "Is it red?" is in the name of the picture.
+COLOURS = {"red": (200, 0, 0), "blue": (0, 0, 200)}
+
+
+def score(given: Sequence[Given], scores: Scores) -> None:
+    choices = [one for one in given if one.item.kind == "choice"]
+    if choices:
+        scores.mean("accuracy", choices, [one.answer == one.item.label for one in choices])
+    if said := [one for one in given if one.item.kind == "text"]:
+        scores.mean("named", said, [one.item.about["colour"] in one.answer for one in said])
+    if ranked := [one for one in given if one.item.kind == "likelihood"]:
+        scores.mean("won", ranked, [one.scores[0] > one.scores[1] for one in ranked])
+        scores.mean("gained", ranked, [one.scores[0] - one.blind[0] for one in ranked])
+    if looked := [one for one in given if one.item.kind == "look"]:
+        scores.mean("hit", looked, [one.look["hit"] for one in looked])
+
+
+def parse(item: Item, said: str) -> str:
+    return {"yes": "yes", "no": "no"}.get(said.lower().strip(" ."), "")
+
+
+BENCHMARK = Benchmark(
+    name="red",
+    about="pictures of one colour",
+    needs="red.png and blue.png",
+    read=lambda source: [],
+    parse=parse,
+    score=score,
+    max_tokens=4,
+    prompt="{question} Say yes or no.",
+)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("pictures")
+    names = [f"{colour}-{n}.png" for n in range(10) for colour in COLOURS]
+    for name in names:
+        Image.new("RGB", (32, 24), COLOURS[name.partition("-")[0]]).save(folder / name)
+    return [folder / name for name in names]
+
+
+def questions(pictures: Sequence[Path]) -> list[Item]:
+    found = []
+    for path in pictures:
+        for colour in COLOURS:
+            found.append(
+                Item(
+                    key=f"{path.stem}:{colour}",
+                    unit=path.stem,
+                    image=path,
+                    prompt=f"Is it {colour}?",
+                    label="yes" if path.name.startswith(colour) else "no",
+                    options=("yes", "no"),
+                )
+            )
+    return found
+
+
+def everything(pictures: Sequence[Path]) -> list[Item]:
+    found = questions(pictures)
+    for path in pictures:
+        colour = path.name.partition("-")[0]
+        other = next(name for name in COLOURS if name != colour)
+        rest = {"unit": path.stem, "image": path, "about": {"colour": colour}}
+        found.append(Item(key=f"said:{path.stem}", prompt="Which colour?", kind="text", **rest))
+        found.append(
+            Item(
+                key=f"ranked:{path.stem}",
+                prompt="Which colour?",
+                kind="likelihood",
+                options=(colour, other),
+                label=colour,
+                **rest,
+            )
+        )
+        mask = np.zeros((24, 32), bool)
+        mask[:8, :8] = True
+        found.append(
+            Item(
+                key=f"look:{path.stem}",
+                prompt="Is it red?",
+                phrase="red",
+                kind="look",
+                mask=lambda mask=mask: mask,
+                **rest,
+            )
+        )
+    found.append(
+        Item(key="none", unit="none", image=None, prompt="Is it red?", label="no",
+             options=("yes", "no"))
+    )  # fmt: skip
+    return found
+
+
+def sees(request: Request) -> str:
+    """One who sees: without a picture it says no."""
+    colour = request.image.name.partition("-")[0] if request.image else "nothing"
+    if request.prompt.startswith("Which colour?"):
+        return colour
+    return "Yes." if f"Is it {colour}?" in request.prompt else "No."
+
+
+def ignores(request: Request) -> str:
+    """One who knows only the question."""
+    if request.prompt.startswith("Which colour?"):
+        return "red"
+    return "Yes" if "red" in request.prompt else "No"
+
+
+def ask(
+    items: Sequence[Item], script, folder: Path, broken: Sequence[str] = (), **settings
+) -> tuple[dict[str, Scores], list[dict], Scripted, Run]:
+    respondent = Scripted(script, broken)
+    with AnswerFile(folder / "answers.jsonl") as answers:
+        run = Run(respondent, BENCHMARK, Settings(**settings), answers)
+        run.ask(items)
+    rows = read_rows(folder / "answers.jsonl")
+    return scoring.score(BENCHMARK, rows, scoring.units(rows), 200, 0), rows, respondent, run
+
+
+def test_one_who_answers_from_the_label_gets_everything(pictures, tmp_path):
+    scored, rows, _, _ = ask(everything(pictures), sees, tmp_path)
+    assert len(rows) == len(everything(pictures))
+    for way in ("text", "logits"):
+        assert scored[way]["accuracy"] == 1.0
+        assert scored[way].interval("accuracy") == (1.0, 1.0)
+        assert scored[f"blind.{way}"]["accuracy"] == 0.5
+    assert scored["text"]["named"] == 1.0
+    assert scored["logits"]["won"] == 1.0
+    assert scored["logits"]["gained"] == pytest.approx(4.9)
+    assert scored["blind.logits"]["gained"] == 0.0
+    assert scored["look"]["hit"] == 1.0
+    # Half of the questions are answered by always yes; the one without a picture is a no.
+    assert scored["constant.yes"]["accuracy"] == pytest.approx(20 / 41)
+    assert scored["constant.no"]["accuracy"] == pytest.approx(21 / 41)
+    assert scored["majority"]["accuracy"] == pytest.approx(21 / 41)
+
+
+def test_one_who_ignores_the_picture_is_as_good_with_another_one(pictures, tmp_path):
+    scored, *_ = ask(everything(pictures), ignores, tmp_path)
+    seen = [one for one in questions(pictures)]
+    for way in ("text", "logits"):
+        same = scored[f"shuffled.{way}"]["accuracy"]
+        assert same == scored[f"blind.{way}"]["accuracy"] == 0.5
+        assert scored[way]["accuracy"] == pytest.approx((20 + 0) / (len(seen) + 1))
+    assert scored["shuffled.text"]["named"] == scored["text"]["named"] == 0.5
+
+
+def test_one_who_guesses_is_at_chance_within_its_interval(pictures, tmp_path):
+    rng = np.random.default_rng(5)
+    scored, *_ = ask(questions(pictures), lambda _: rng.choice(["Yes", "No"]), tmp_path)
+    low, high = scored["text"].interval("accuracy")
+    assert low < 0.5 < high
+    assert high - low < 0.5
+
+
+def test_the_shuffled_picture_is_another_one_of_the_same_chunk(pictures, tmp_path):
+    _, rows, respondent, _ = ask(questions(pictures), sees, tmp_path, batch_size=4)
+    order = [path.name for path in pictures]
+    for row in rows:
+        assert row["shuffled_image"] != row["image"]
+        assert order.index(row["image"]) // 4 == order.index(row["shuffled_image"]) // 4
+        told = (
+            "Yes."
+            if f"Is it {row['shuffled_image'].partition('-')[0]}?" == row["prompt"]
+            else "No."
+        )
+        assert row["shuffled_answer"] == told
+    asked = [request for request in respondent.asked if request.image is None]
+    assert len(asked) == 2 * len(COLOURS)  # each question once in words and once by its options
+    assert {request.prompt for request in asked} == {f"Is it {c}? Say yes or no." for c in COLOURS}
+
+
+def test_chunks_leave_no_picture_alone(pictures):
+    def sizes(images: int, at_once: int) -> list[int]:
+        made = chunks(questions(pictures[:images]), at_once)
+        return [len({item.image for item in chunk}) for chunk in made]
+
+    assert sizes(20, 7) == [7, 7, 6]
+    assert sizes(15, 7) == [7, 8]
+    assert sizes(3, 2) == [3]
+    assert sizes(1, 7) == [1]
+    assert sizes(0, 7) == []
+    texts = [item for item in everything(pictures[:2]) if item.image is None]
+    assert [len(chunk) for chunk in chunks(everything(pictures[:2]), 2)] == [10, len(texts)]
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_run_that_was_broken_off_goes_on_and_ends_the_same(pictures, tmp_path):
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "broken").mkdir()
+    _, whole, *_ = ask(everything(pictures), sees, tmp_path / "whole", batch_size=4)
+    said = 0
+
+    def dies(request: Request) -> str:
+        nonlocal said
+        said += 1
+        if said % 23 == 0:
+            raise Killed
+        return sees(request)
+
+    ends = 0
+    while True:
+        done = len(read_rows(tmp_path / "broken" / "answers.jsonl")) if ends else 0
+        try:
+            _, rows, *_ = ask(everything(pictures), dies, tmp_path / "broken", batch_size=4)
+            break
+        except Killed:
+            ends += 1
+            kept = read_rows(tmp_path / "broken" / "answers.jsonl")
+            assert len(kept) >= done  # nothing that was answered is lost
+    assert ends > 3
+    assert sorted(rows, key=lambda row: row["key"]) == sorted(whole, key=lambda row: row["key"])
+
+
+def test_an_answer_is_in_the_file_as_soon_as_it_is_known(pictures, tmp_path):
+    seen: list[int] = []
+
+    class Watching(Scripted):
+        def generate(self, requests, max_tokens) -> Iterator[tuple[int, str]]:
+            for pair in super().generate(requests, max_tokens):
+                yield pair
+                seen.append(len(read_rows(tmp_path / "answers.jsonl")))
+
+    with AnswerFile(tmp_path / "answers.jsonl") as answers:
+        Run(Watching(sees), BENCHMARK, Settings(), answers).ask(questions(pictures[:4]))
+    assert seen == sorted(seen)
+    assert len(set(seen)) > 4
+
+
+def test_a_broken_picture_stops_the_run_or_is_left_out(pictures, tmp_path):
+    bad = pictures[2].name
+    with pytest.raises(UserError, match=f"{bad}: expected an image; --skip-bad leaves its 2 items"):
+        ask(questions(pictures), sees, tmp_path, broken=[bad], batch_size=2)
+    assert len(read_rows(tmp_path / "answers.jsonl")) == 4  # those before it
+    scored, rows, _, run = ask(
+        questions(pictures), sees, tmp_path, broken=[bad], batch_size=2, skip_bad=True
+    )
+    assert run.problems == [f"{bad}: expected an image"]
+    assert len(rows) == 2 * 19
+    assert scored["text"]["accuracy"] == 1.0
+    assert bad not in {row["image"] for row in rows} | {row.get("shuffled_image") for row in rows}
+
+
+def test_one_picture_has_no_other_one_beside_it(pictures, tmp_path):
+    scored, *_ = ask(questions(pictures[:1]), sees, tmp_path)
+    assert scored["text"]["accuracy"] == 1.0
+    assert not any(name.startswith("shuffled") for name in scored)
+
+
+def test_progress_ends_at_the_whole(pictures, tmp_path):
+    told: list[tuple[int, int]] = []
+    with AnswerFile(tmp_path / "answers.jsonl") as answers:
+        Run(
+            Scripted(sees, [pictures[0].name]), BENCHMARK, Settings(skip_bad=True), answers,
+            lambda *at: told.append(at),
+        ).ask(questions(pictures))  # fmt: skip
+    assert told[-1] == (40, 40)
+    assert told == sorted(told)
+
+
+def test_a_sample_is_of_units_and_the_same_for_a_seed(pictures):
+    items = questions(pictures)
+    some = sample(items, Settings(limit=5, seed=1))
+    assert len({item.unit for item in some}) == 5
+    assert len(some) == 10
+    assert some == sample(items, Settings(limit=5, seed=1)) != sample(items, Settings(limit=5))
+    assert sample(items, Settings(limit=99)) == items
+    assert [item.key for item in some] == [item.key for item in items if item in some]
+
+
+def test_the_digest_is_of_what_is_asked_and_what_is_right(pictures):
+    items = questions(pictures)
+    assert digest(items) == digest(questions(pictures))
+    assert digest(items) != digest(items[1:])
+    changed = [Item(**{**vars(items[0]), "label": "no", "mask": None}), *items[1:]]
+    assert digest(items) != digest(changed)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"limit": 0}, "--limit: expected at least 1, got 0"),
+        ({"batch_size": 1}, "--batch-size: expected at least 2, got 1"),
+        ({"max_tokens": 0}, "--max-tokens: expected at least 1"),
+        ({"seed": -1}, "--seed: expected 0 to 2"),
+        ({"prompt": "Answer."}, "--prompt: expected '{question}' in it"),
+    ],
+)
+def test_settings_that_cannot_be(settings, message):
+    with pytest.raises(UserError) as caught:
+        Settings(**settings)
+    assert message in str(caught.value)
+
+
+# --- the file ---------------------------------------------------------------------------------
+
+
+def test_half_a_line_is_dropped_and_another_damage_is_told(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    with AnswerFile(path) as answers:
+        answers.add({"key": "a", "value": float("nan")})
+        answers.add({"key": "b"})
+    with open(path, "a") as file:
+        file.write('{"key": "c", "val')
+    with AnswerFile(path) as answers:
+        assert list(answers.rows) == ["a", "b"]
+        answers.add({"key": "c", "text": "\u00e4\n"})
+    assert [json.loads(line)["key"] for line in path.read_text().splitlines()] == ["a", "b", "c"]
+    path.write_text('{"key": "a"}\nnonsense\n{"key": "b"}\n')
+    with pytest.raises(UserError, match=r"answers\.jsonl:2: expected an answer"):
+        AnswerFile(path)
+    with AnswerFile(path, fresh=True) as answers:
+        assert answers.rows == {}
+    assert path.read_text() == ""
+
+
+def test_two_cannot_write_the_same_file(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    with AnswerFile(path) as answers:
+        answers.add({"key": "a"})
+        with pytest.raises(UserError, match="another `agevlm evaluate` is writing it"):
+            AnswerFile(path, fresh=True)
+        assert path.read_text() == '{"key": "a"}\n'
