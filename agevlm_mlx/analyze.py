@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from . import errors
+from . import errors, weights
 from .analysis import causal, figures, looking, matching, report
 from .analysis.examples import Example, read_examples
 from .analysis.subject import Subject, subject
@@ -57,12 +57,15 @@ def main(argv: list[str] | None = None) -> int:
         progress=_progress,
     )
     examples = read_examples(args.data, args.limit, args.seed)
+    sources = args.model or [None]
+    for source in sources:
+        weights.resolve(source)  # so that a wrong name is said before minutes of work
     out = files.make_folder(args.out)
     for name in ("report.html", "report.json"):
         files.check_writable(out / name)
     started = time.perf_counter()
     models = []
-    for source in args.model or [None]:
+    for source in sources:
         one = subject(source)
         print(f"{one.about['path']}: {len(examples)} pictures", file=sys.stderr)
         models.append({"about": dict(one.about), **_analyse(one, examples, args.only, settings)})

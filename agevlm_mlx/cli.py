@@ -15,6 +15,7 @@ COMMANDS = {
     "benchmark": ("benchmark", "measure speed and memory here, next to the language model alone"),
     "train": ("train", "train a model from a recipe (the embedded one by default)"),
     "evaluate": ("evaluate", "score a model on a benchmark"),
+    "analyze": ("analyze", "see where a model looks, and whether it tells captions apart"),
     "teach": ("teach", "run the SAM teacher over images and store its masks and features"),
     "scenes": ("scenes", "draw pictures of known objects with masks, captions and questions"),
 }

@@ -327,7 +327,7 @@ def _evaluate(demo: Demo) -> None:
 def _answer(demo: Demo) -> None:
     """One answer as `agevlm generate` shows it: the first scene of the test set."""
     item = read_scene_folder(demo.test).items[0]
-    question = next(q.text for q in item.questions["random"] if q.label)
+    question = next(q.text for q in item.questions["random"] if q.label == "yes")
     words = ["generate", "--model", str(demo.out / "guided"), "--image", str(item.path)]
     words += ["--prompt", question, "--attention", str(demo.out / "answer.png")]
     tasks = demo.plan({"generate": words})

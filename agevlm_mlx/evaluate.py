@@ -66,6 +66,7 @@ def main(argv: list[str] | None = None) -> int:
             source.check(one.needs)
             if not items:
                 raise UserError(f"{folder}: expected something to ask, got nothing; {one.needs}")
+            settings.check_prompt(items)
             items = sample(items, settings)
             if out is None:
                 print(_plan(one, items, source.problems, settings))
@@ -286,7 +287,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", help="checkpoint folder or hub id (default: the demo's or the shipped one)")
     add("--limit", type=int, help="a random sample of this many images (or pairs, or sets)")
     add("--seed", type=int, default=0, help="of samples, shuffles and draws (default: 0)")
-    add("--prompt", help="put around every question, as '{question} Answer yes or no.'")
+    add(
+        "--prompt",
+        help="put around every question, as '{question} Answer yes or no.', or in place of the "
+        "one question of a captioning benchmark",
+    )
     add("--max-tokens", type=int, help="of an answer (default: the benchmark's own)")
     add("--batch-size", type=int, default=50, help="images at once (default: 50)")
     add("--skip-bad", action="store_true", help="leave out and count what cannot be used")

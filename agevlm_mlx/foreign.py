@@ -55,7 +55,7 @@ def load(folder: Path) -> tuple[Any, Any]:
             f"its own ({config['model_file']}), which is not run; use the model it was made from"
         )
     try:
-        with _quiet():
+        with _quiet(), no_code():
             return mlx_vlm.load(str(folder), trust_remote_code=False)
     except Exception as error:  # hundreds of architectures, each with errors of its own
         raise UserError(
@@ -68,8 +68,8 @@ class Foreign:
 
     source: a folder or hub id. loaded: its model and processor, when they are loaded already.
 
-    Every request is a pass of its own, in which the image is encoded again: not all families
-    of mlx-vlm keep the images of a batch apart.
+    Every request is a pass of its own, in which the image is encoded again: not all families of
+    mlx-vlm keep the images of a batch apart (LLaVA's 0.7.10 shows every row the last one).
     """
 
     def __init__(self, source: str | Path, loaded: tuple[Any, Any] | None = None) -> None:
@@ -89,6 +89,7 @@ class Foreign:
             "fingerprint": fingerprint(folder),
             "fusion": f"mlx-vlm {self.model.config.model_type}",
             "parameters": sum(value.size for value in parameters.values()),
+            "grid": None,  # of each picture its own, in some families
         }
         self._images: dict[Path, Image.Image] = {}
         self._geometries: dict[tuple[int, int], Geometry | None] = {}
@@ -174,7 +175,7 @@ class Foreign:
         self, image: Path | None, texts: Sequence[str], prompt: str
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """text f32[len(texts) layers+1 D], the mean hidden state over the tokens of each answer to
-        `prompt` (with its end) after the embedding and after each decoder layer, and image
+        `prompt` (without its end) after the embedding and after each decoder layer, and image
         f32[layers+1 D], that of the image's tokens; None without an image, and where its tokens
         cannot be told from the text's.
 
@@ -190,7 +191,8 @@ class Foreign:
             with inside.hidden_states(self.model.language_model) as states:
                 self._read(*embedded)
             hidden = np.stack([np.array(state[0].astype(mx.float32)) for state in states])
-            of_texts.append(hidden[:, start - inputs["input_ids"].shape[1] :].mean(1))
+            said = hidden[:, start - inputs["input_ids"].shape[1] :]  # and the end
+            of_texts.append(said[:, : max(said.shape[1] - 1, 1)].mean(1))
             if of_image is None and placed is not None:  # texts come after: the same for all
                 of_image = hidden[:, placed].mean(1)
         return np.stack(of_texts), of_image
@@ -376,6 +378,23 @@ class Foreign:
             text = self._prompt("?", True)
             self._geometries[size] = inside.geometry(lambda p: self._prepare(text, p), *size)
         return self._geometries[size]
+
+
+@contextmanager
+def no_code() -> Iterator[None]:
+    """No Python file of a checkpoint is imported by transformers: some families of mlx-vlm trust
+    all code by themselves, whatever they are told."""
+    from transformers import dynamic_module_utils
+
+    def refuse(name: str, *_: Any, **__: Any) -> Any:
+        raise UserError(f"it wants to run {name} of its own, which is not done")
+
+    run = dynamic_module_utils.get_class_in_module
+    dynamic_module_utils.get_class_in_module = refuse
+    try:
+        yield
+    finally:
+        dynamic_module_utils.get_class_in_module = run
 
 
 @contextmanager

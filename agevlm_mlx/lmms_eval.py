@@ -79,11 +79,13 @@ class AgeVLM(lmms):
         return answers
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """For each request the summed log-probability of its continuation as the model's answer,
-        in nats, and whether it is the greedy one.
+        """For each request the loss of its continuation as the model's answer (minus the mean
+        log-probability per token, nats), and whether it is the greedy one.
 
-        Spaces around the continuation are left out: nothing stands before an answer in a chat. The
-        token that ends it does not count, as in every harness of this kind.
+        The loss: lmms-eval's name and its docstring promise a log-probability, but its tasks take
+        the choice with the smallest number (``Task.process_results``), and its models return
+        this. Spaces around the continuation are left out, as nothing stands before an answer in
+        a chat, and the token that ends it does not count.
         """
         found = []
         for part in self._parts(requests, "Reading"):
@@ -154,7 +156,7 @@ class AgeVLM(lmms):
         ids = mx.array([encoded.ids[n] for n in said])
         log_p = mx.take_along_axis(rows, ids[:, None], -1)[:, 0] - mx.logsumexp(rows, -1)
         greedy = (mx.argmax(rows, -1) == ids).all()
-        return float(log_p.sum().item()), bool(greedy.item())  # pyright: ignore[reportArgumentType]
+        return -float(log_p.mean().item()), bool(greedy.item())  # pyright: ignore[reportArgumentType]
 
 
 def _flat(found: Any) -> Iterator[Any]:

@@ -60,10 +60,11 @@ def asked(
     for question in item.questions["adversarial"]:
         turn = Turn("user", question.text, (item.path,))
         cache, _ = begin(it.model, read(it.tokenizer, (turn,), store))
-        turns = (turn, Turn("assistant", "Yes" if question.label else "No"))
+        there = question.label == "yes"
+        turns = (turn, Turn("assistant", "Yes" if there else "No"))
         words = [w for w in word_maps(it.model, it.tokenizer, cache, turns) if w.role == "user"]
         if words:
-            yield _word(number, nouns.mentions(words[0].word)[0], question.label, words[0])
+            yield _word(number, nouns.mentions(words[0].word)[0], there, words[0])
 
 
 def said(

@@ -15,22 +15,23 @@ from mlx.utils import tree_flatten, tree_map
 from PIL import Image
 
 from agevlm_mlx import foreign_inside as inside
+from agevlm_mlx.analysis.subject import OurSubject
 from agevlm_mlx.config import ModelConfig, from_dict, to_dict
 from agevlm_mlx.data.chat import build_tokenizer
 from agevlm_mlx.data.image import Preprocessor
 from agevlm_mlx.errors import UserError
 from agevlm_mlx.evaluation.respondent import Request
-from agevlm_mlx.foreign import Foreign, load
+from agevlm_mlx.foreign import Foreign, load, no_code
 from agevlm_mlx.models.agevlm import AgeVLM
-from agevlm_mlx.respondents import Ours
 from agevlm_mlx.sam.torchvision_ops import import_torchvision
 from agevlm_mlx.weights import load as load_ours
 from agevlm_mlx.weights import save_model, shipped
 from convert.__main__ import main as convert
 
 import_torchvision()  # mlx-vlm imports it; some builds need help
-import mlx_vlm  # noqa: E402
+from mlx_vlm.generate import stream_generate  # noqa: E402
 from mlx_vlm.models import base  # noqa: E402
+from mlx_vlm.utils import load as load_theirs  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
@@ -182,7 +183,7 @@ def theirs(model: Foreign, request: Request, forced: list[int]) -> np.ndarray:
     """mlx-vlm's own log-probabilities f64[tokens V] while it is made to say `forced`."""
     coming = iter([*forced, *[0] * 4])
     image = model._image(request)
-    pieces = mlx_vlm.stream_generate(
+    pieces = stream_generate(
         model.model,
         model.processor,
         model._prompt(request.prompt, image is not None),
@@ -304,8 +305,7 @@ def test_states_begin_with_embeddings_and_end_in_the_logits(model: Foreign, pict
     language_model = model.model.language_model
     trunk = language_model.model
     for text, answer in zip(texts, ("a red cat", "dog"), strict=True):
-        said = [*model.tokenizer.encode(answer), model.tokenizer.eos_token_id]
-        words = np.array(trunk.embed_tokens(mx.array(said)))
+        words = np.array(trunk.embed_tokens(mx.array(model.tokenizer.encode(answer))))
         np.testing.assert_allclose(text[0], words.mean(0), atol=1e-5)
     inputs = model._inputs(Request(pictures[0], QUESTION))
     ids, given = model._embedded(inputs)
@@ -346,7 +346,8 @@ def test_rows_are_the_weights_that_the_fused_function_uses(
     language_model = type("LM", (nn.Module,), {"__module__": module.__name__})()
     q, k, v = (mx.random.normal((1, n, 6, 8)) for n in (4, 2, 2))
     allowed = mx.tril(mx.random.uniform(shape=(6, 6)) > 0.3) | mx.eye(6).astype(mx.bool_)
-    given = {"bool": allowed, "additive": mx.where(allowed, 0, -1e9)}.get(mask, mask)
+    masks: dict[Any, Any] = {"bool": allowed, "additive": mx.where(allowed, 0, -1e9)}
+    given = masks.get(mask, mask)
     with inside.attention_rows(language_model, [1, 4]) as rows:
         out = module.scaled_dot_product_attention(q, k, v, None, scale=0.3, mask=given)
         # Of another sequence (cross-attention), and over more than the keys.
@@ -413,6 +414,21 @@ def test_code_of_a_checkpoint_is_not_run(tmp_path: Path):
         Foreign(folder)
 
 
+def test_nor_is_that_of_its_tokenizer(tmp_path: Path):
+    from transformers import AutoTokenizer
+
+    folder = llava(tmp_path / "model").about["path"]
+    (Path(folder) / "mine.py").write_text("raise SystemExit('it ran')")
+    settings = json.loads((Path(folder) / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", None]}}
+    (Path(folder) / "tokenizer_config.json").write_text(json.dumps(settings))
+    # As some families ask by themselves.
+    with no_code(), pytest.raises(UserError, match="it wants to run Mine of its own"):
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    with pytest.raises(SystemExit, match="it ran"):
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+
+
 def test_what_mlx_vlm_cannot_load_is_one_line(tmp_path: Path):
     with pytest.raises(UserError, match="cannot load this nosuchfamily model"):
         Foreign(config_of(tmp_path / "a", model_type="nosuchfamily"))
@@ -429,7 +445,7 @@ def test_without_mlx_vlm_it_says_what_to_install(tmp_path: Path, monkeypatch: An
 
 
 @pytest.fixture(scope="module", params=["cross", "concat"])
-def twins(request: Any, tmp_path_factory: Any) -> tuple[Ours, Foreign]:
+def twins(request: Any, tmp_path_factory: Any) -> tuple[OurSubject, Foreign]:
     """A model of ours, and what it becomes when it is exported for mlx-vlm."""
     folder = shipped("model")
     if request.param == "concat":
@@ -445,7 +461,7 @@ def twins(request: Any, tmp_path_factory: Any) -> tuple[Ours, Foreign]:
     out = tmp_path_factory.mktemp("exported") / request.param
     command = ["export", "--to", "mlx-vlm", "--model", str(folder), "--mlx-path", str(out)]
     assert convert(command) == 0
-    return Ours(load_ours(folder)), Foreign(out, mlx_vlm.load(str(out)))
+    return OurSubject(load_ours(folder)), Foreign(out, load_theirs(str(out)))
 
 
 def test_our_own_model_exported_answers_as_before(twins: Any, pictures: list[Path]):
@@ -465,4 +481,8 @@ def test_our_own_model_exported_answers_as_before(twins: Any, pictures: list[Pat
     assert dict(exported.generate(requests, 8)) == dict(ours.generate(requests, 8))
     # No token of the text stands for the image: where it lies is not to be guessed.
     assert exported.look(requests[:1], ["red cat"]) == [None]
-    assert exported.states(pictures[0], ["Yes"], QUESTION)[1] is None
+    for image in (pictures[0], None):
+        found, of_image = exported.states(image, ["Yes", "A red cat."], QUESTION)
+        wanted, _ = ours.states(image, ["Yes", "A red cat."], QUESTION)
+        np.testing.assert_allclose(found, wanted, atol=1e-3)
+        assert of_image is None

@@ -116,7 +116,6 @@ ONLY_IN = {
     "gradio": {"app/ui.py", "app/tabs.py", "app/compare.py", "app/parts.py"},
     "webview": {"app/window.py"},
     "starlette": {"agevlm_mlx/serving/app.py"},
-    "datasets": {"agevlm_mlx/evaluation/tables.py"},
     "pyarrow": {"agevlm_mlx/evaluation/tables.py"},
     "matplotlib": {"agevlm_mlx/analysis/figures.py"},
     "mlx_vlm": {"agevlm_mlx/foreign.py", "convert/mlx_vlm_adapter.py"},

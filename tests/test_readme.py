@@ -27,7 +27,7 @@ LONG = [
     r"curl http://127\.0\.0\.1:8080/.*",
 ]
 FLAGS = [
-    r"agevlm (demo|train|evaluate|teach|chat|serve|benchmark)( .*)?",
+    r"agevlm (demo|train|evaluate|analyze|teach|chat|serve|benchmark)( .*)?",
     r"agevlm-app( .*)?",
     r"agevlm-convert (assemble|sam|teacher-features|vision) .*",
     r"python -m agevlm_mlx\.\w+( .*)?",

@@ -98,10 +98,21 @@ def _example(picture: _Picture, themes: Mapping[str, str], seed: int, number: in
     return Example(
         picture.image,
         picture.caption,
-        swap_noun(picture.caption, there, themes, rng),
+        _hard(picture.caption, there, themes, rng),
         picture.objects,
         tuple(others[: max(1, len(picture.objects))]),
     )
+
+
+def _hard(
+    caption: str, there: Sequence[str], themes: Mapping[str, str], rng: np.random.Generator
+) -> str | None:
+    """The caption with a noun exchanged; a noun in the plural cannot be: another is tried."""
+    for _ in range(8):
+        swapped = swap_noun(caption, there, themes, rng)
+        if swapped != caption:
+            return swapped
+    return None
 
 
 # --- COCO ------------------------------------------------------------------------------------
@@ -147,11 +158,11 @@ def _from_coco(captions: Path, instances: Path, places: Sequence[Path]) -> list[
             image = _find(str(row["file_name"]), places, where)
             if image is None:
                 continue
-            size, lines = sizes.get(row["id"]), [t for t in said.get(row["id"], ()) if t]
-            objects = {
-                noun: partial(_coco_mask, tuple(items), size)
-                for noun, items in (parts.get(row["id"], {}) if size else {}).items()
-            }
+            size, objects = sizes.get(row["id"]), {}
+            if size is not None:
+                own = parts.get(row["id"], {})
+                objects = {noun: partial(_coco_mask, own[noun], size) for noun in own}
+            lines = [text for text in said.get(row["id"], ()) if text]
             caption = lines[0] if lines else ""
             pictures.append(_Picture(image, caption, lines, objects, themes))
     except UserError:
@@ -176,9 +187,9 @@ def _coco_mask(items: Sequence[tuple[str, Mapping[str, Any]]], size: tuple[int, 
     for where, item in items:
         try:
             masks.append(instance_mask(dict(item), size, where))
-        except (LookupError, TypeError, ValueError) as error:
-            if isinstance(error, UserError):
-                raise
+        except UserError:
+            raise
+        except (LookupError, TypeError, ValueError):
             raise UserError(f"{where}: expected a segmentation as COCO has it") from None
     return np.logical_or.reduce(masks)
 

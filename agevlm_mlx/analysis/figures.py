@@ -9,6 +9,7 @@ import importlib.util
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from html import escape
 from io import StringIO
 from typing import Any
@@ -37,8 +38,10 @@ KIND_NAMES = {
     "mismatching": "another picture's caption",
     "hard": "one noun exchanged",
 }
-_WIDTH = 10.2  # inches; the page shows 1 inch as about 100 px
-_STYLE = {
+_WIDTH, _COLUMN = 10.2, 2.9  # inches, of a figure and at least of a column
+#: Pixels of an inch below which a figure is not shrunk; the page is 10.2 x 100 pixels wide.
+_LEAST = 65
+_STYLE: Any = {
     "svg.fonttype": "none",
     "font.size": 9,
     "axes.titlesize": 9.5,
@@ -81,13 +84,15 @@ def require() -> None:
 
 @contextmanager
 def _figure(rows: int, columns: int, height: float, **options: Any) -> Iterator[tuple[Any, Any]]:
-    """A figure of the page's width and its axes [rows columns]."""
+    """A figure of the page's width, or wider for many columns, and its axes [rows columns]."""
     require()
     from matplotlib import rc_context
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     with rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+        layout = ConstrainedLayoutEngine(wspace=0.05)
+        figure = Figure(figsize=(max(_WIDTH, _COLUMN * columns), height), layout=layout)
         yield figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
@@ -99,16 +104,18 @@ def _svg(figure: Any, name: str, label: str) -> str:
     with rc_context({**_STYLE, "svg.hashsalt": name}):
         figure.savefig(out, format="svg", metadata={"Date": None}, dpi=150)
     text = out.getvalue()
-    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.S)
-    text = re.sub(r"<!--.*?-->", "", text, flags=re.S)
+    text = text[text.index("<svg") :]
+    # A style in a figure is one of the whole page: what it says, the page says of figures.
+    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", text, flags=re.S)
     # Only what is referred to keeps its id: figure_1 would stand in the page many times.
     used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', text))
     text = re.sub(r' id="([^"]+)"', lambda m: m[0] if m[1] in used else "", text)
     text = re.sub(r"font-family: [^;\"]+;?|'DejaVu Sans'[^;\"]*sans-serif", "", text)
     for colour, variable in _VARIABLES.items():
         text = text.replace(colour, f"var({variable})")
-    tag = f'<svg class="plot" role="img" aria-label="{escape(label)}" '
-    return re.sub(r'<svg (?:width|height)="[^"]*" ?|<svg ', tag, text, count=1)
+    least = f"min-width: {_LEAST * figure.get_figwidth():.0f}px"
+    tag = f'<svg class="plot" style="{least}" role="img" aria-label="{escape(label)}" '
+    return text.replace("<svg ", tag, 1)
 
 
 # --- matching --------------------------------------------------------------------------------
@@ -244,42 +251,55 @@ def heat_maps(
         return _svg(figure, name, "Measures by layer and head")
 
 
-def bars(
-    name: str,
-    panels: Sequence[tuple[str, Sequence[tuple[str, Number | None, int, bool]]]],
-    zero: bool = True,
-    columns: int = 4,
-) -> str:
-    """A panel each of horizontal bars (label, number, shade or model, is it a model's own)."""
-    columns = min(columns, len(panels))
+@dataclass(frozen=True)
+class Bar:
+    """model: whose colour it has; None for a baseline, in one of the greys `shade`."""
+
+    label: str
+    number: Number
+    model: int | None
+    shade: int = 0
+
+
+Panel = tuple[str, Sequence[Bar], tuple[float, float] | None]
+
+
+def bars(name: str, panels: Sequence[Panel]) -> str:
+    """Panels (title, horizontal bars, ends of the axis or None for those of the bars), two beside
+    each other; lines are the intervals."""
+    columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
-    most = max(len(items) for _, items in panels)
-    with _figure(rows, columns, rows * (0.55 + 0.24 * most)) as (figure, axes):
+    most = max(len(items) for _, items, _ in panels)
+    with _figure(rows, columns, rows * (0.6 + 0.22 * most)) as (figure, axes):
         for ax in axes.ravel()[len(panels) :]:
             ax.set_axis_off()
-        for ax, (title, items) in zip(axes.ravel(), panels, strict=False):
-            for y, (_, number, which, own) in enumerate(items):
-                if number is None:
-                    continue
-                value, low, high = number
-                colour = _MODELS[which] if own else _SHADES[which]
-                ax.barh(y, value, color=colour, height=0.66)
-                if low is not None and high is not None:
-                    ax.plot([low, high], [y, y], color=_INK, linewidth=1.1)
-                edge = max(v for v in number if v is not None)
-                ax.annotate(
-                    f"{value:.2f}".replace("-0.00", "0.00").replace("-", "\N{MINUS SIGN}"), (max(edge, 0), y), (3, 0), textcoords="offset points",
-                    va="center", fontsize=8, color=_QUIET,
-                )  # fmt: skip
-            ax.set_yticks(range(len(items)), [label for label, *_ in items])
-            ax.invert_yaxis()
+        for ax, (title, items, ends) in zip(axes.ravel(), panels, strict=False):
+            for y, bar in enumerate(items):
+                _bar(ax, y, bar)
+            ax.set_yticks(range(len(items)), [bar.label for bar in items])
+            ax.set_ylim(len(items) - 0.4, -0.6)
             ax.tick_params(axis="y", length=0)
             ax.spines["left"].set_visible(False)
-            if zero:
-                ax.axvline(0, color=_QUIET, linewidth=0.8)
-            ax.margins(x=0.16)
+            ax.axvline(0, color=_QUIET, linewidth=0.8)
+            ax.margins(x=0.12)
+            if ends is not None:
+                ax.set_xlim(*ends)
             ax.set_title(title)
-        return _svg(figure, name, "; ".join(title for title, _ in panels))
+        return _svg(figure, name, "; ".join(title for title, *_ in panels))
+
+
+def _bar(ax: Any, y: int, bar: Bar) -> None:
+    value, low, high = bar.number
+    if not np.isfinite(value):
+        return
+    colour = _SHADES[bar.shade] if bar.model is None else _MODELS[bar.model]
+    ax.barh(y, value, color=colour, height=0.66)
+    if low is not None and high is not None:
+        ax.plot([low, high], [y, y], color=_INK, linewidth=1.1)
+    end = max(0.0, *(v for v in bar.number if v is not None))
+    text = f"{value:.2f}".replace("-0.00", "0.00").replace("-", "\N{MINUS SIGN}")
+    where = {"xytext": (3, 0), "textcoords": "offset points", "va": "center"}
+    ax.annotate(text, (end, y), fontsize=8, color=_QUIET, **where)
 
 
 def _title(ax: Any, title: Title, more: str = "") -> None:

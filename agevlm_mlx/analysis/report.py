@@ -94,6 +94,8 @@ def _who(model: Model) -> str:
 
 def _tiles(models: Sequence[Model]) -> str:
     """The headline numbers: (text, number of a model or None if it has none)."""
+    hit = next((found for model in models if (found := model.looked("hit"))), None)
+    chance = f" (a random point {percent(hit['baselines']['uniform'])})" if hit else ""
     tiles = (
         (
             "times out of 100 a picture's own caption is more likely to it than another picture's "
@@ -105,7 +107,7 @@ def _tiles(models: Sequence[Model]) -> str:
             lambda m: m.separated("log_p", "hard", "win_rate"),
         ),
         (
-            "times out of 100 its attention peaks on the thing it is asked about",
+            f"times out of 100 its attention peaks on the thing it is asked about{chance}",
             lambda m: m.looked("hit"),
         ),
         (

@@ -15,10 +15,12 @@ from ..errors import UserError
 from ..evaluation.overlay import display_size, overlay
 from ..evaluation.report_page import data_url
 from . import figures
-from .matching import SCORES
+from .figures import Bar
 
-#: Side of a picture on the page, in pixels, and how many phrases of one are shown.
-SIDE, PHRASES = 168, 3
+#: What is wider than the page can be scrolled, by the keyboard too.
+_SCROLL = '<div class="scroll" tabindex="0" role="group" aria-label="can be scrolled">'
+#: Side of a picture on the page, in pixels, and how many maps of one are shown.
+SIDE, TILES = 168, 4
 _SHOWN = {
     "log_p": "log p(caption | image), mean per token",
     "pmi": "PMI: the same less log p(caption | no image)",
@@ -135,7 +137,7 @@ def cell(number: Any, digits: int = 2) -> str:
 def _table(head: Sequence[str], rows: Sequence[str]) -> str:
     heads = "".join(f'<th scope="col">{text}</th>' for text in head)
     return (
-        f'<div class="scroll"><table><thead><tr>{heads}</tr></thead>'
+        f"{_SCROLL}<table><thead><tr>{heads}</tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
 
@@ -148,7 +150,7 @@ def _number(number: Any) -> figures.Number:
 
 
 def _plot(svg: str) -> str:
-    return f'<div class="scroll">{svg}</div>'
+    return f"{_SCROLL}{svg}</div>"
 
 
 # --- matching --------------------------------------------------------------------------------
@@ -183,8 +185,9 @@ def matching(models: Sequence[Model]) -> str:
         "<b>d&prime;</b>: distance of the means in standard deviations. <b>Overlap</b>: shared "
         "area of the two distributions. <b>First of all</b>: how "
         "often the own caption scores highest. <b>Mismatched against "
-        "mismatched</b>: one half of them against the other, a test of the test. Rows in grey are controls without any image: what "
-        "they have above no skill, the words alone give away.</small></p>" + _by_layer(models)
+        "mismatched</b>: one half of them against the other, a test of the test. Rows in grey are "
+        "controls without any image: what they have above no skill, "
+        "the words alone give away.</small></p>" + _by_layer(models)
     )
 
 
@@ -192,7 +195,7 @@ _ROWS: dict[str, tuple[str, Callable[[Mapping[str, Any]], Any]]] = {
     "log_p": ("log p", lambda part: part["scores"]["log_p"]),
     "pmi": ("PMI", lambda part: part["scores"]["pmi"]),
     "yes": ("yes", lambda part: part["scores"]["yes"]),
-    "yes_pmi": ("yes, less without image", lambda part: part["scores"]["yes_pmi"]),
+    "yes_pmi": ("yes, less that without image", lambda part: part["scores"]["yes_pmi"]),
     "raw": ("cosine after the last layer, raw", lambda part: part["layers"][-1]["raw"]),
     "centred": ("cosine after the last layer, centred", lambda part: part["layers"][-1]["centred"]),
     "log_p_blind": ("log p, no image", lambda part: part["scores"]["log_p_blind"]),
@@ -266,9 +269,9 @@ def _by_layer(models: Sequence[Model]) -> str:
         "concat": "With <b>concat</b> the state of an image is the mean over its tokens in the "
         "sequence.",
         "cross": "With <b>cross-attention</b> the image is not in the text's stream; its state is "
-        "what a layer's cross-attention would write if it looked evenly at the whole image. This "
-        "need not point where the words are: what is still to be said is written, so values far "
-        "below one half tell pairs apart as well, the other way round.",
+        "what a layer's cross-attention would write if it looked evenly at the whole image. It "
+        "need not point where the words are: values far below one half tell pairs apart as well, "
+        "the other way round.",
     }
     said = " ".join(text for fusion, text in what.items() if fusion in fusions)
     return (
@@ -297,7 +300,7 @@ def looking(models: Sequence[Model], captions: Mapping[str, str]) -> str:
         f"<p>Asked “{escape(first['question'])}” about {first['phrases']} things in "
         f"{first['images']} pictures, where does the attention of the noun go?{left} "
         "The map is the mean over all looking layers and heads.</p>"
-        + _plot(figures.bars("attention", _look_panels(models), columns=2))
+        + _plot(figures.bars("attention", _look_panels(models)))
         + "<p><small>Bars in grey are what no skill gives: even attention (for the pointing game a "
         "random point), the middle of the picture, the map of another phrase about the same "
         "picture, and the mean of all its maps, which knows the picture but not the phrase."
@@ -305,23 +308,22 @@ def looking(models: Sequence[Model], captions: Mapping[str, str]) -> str:
     )
 
 
-def _look_panels(models: Sequence[Model]) -> list[tuple[str, list[Any]]]:
+def _look_panels(models: Sequence[Model]) -> list[figures.Panel]:
     panels = []
     for name, title in _LOOKS.items():
-        items: list[Any] = []
+        items: list[Bar] = []
         for model in models:
             found = model.data["attention"]["measures"][name]
-            items.append((model.name, _number(found), model.n, True))
+            items.append(Bar(model.name, _number(found), model.n))
             if found["best_head"]:
-                items.append(
-                    (f"{model.name}, best head", _number(found["best_head"]), model.n, True)
-                )
+                best = _number(found["best_head"])
+                items.append(Bar(f"{model.name}, best head", best, model.n))
         base = models[0].data["attention"]["measures"][name]["baselines"]
         items += [
-            (text, _number(base[key]), shade, False)
+            Bar(text, _number(base[key]), None, shade)
             for shade, (key, text) in enumerate(_BASELINES.items())
         ]
-        panels.append((title, items))
+        panels.append((title, items, None))
     return panels
 
 
@@ -394,7 +396,7 @@ def _cards(models: Sequence[Model], captions: Mapping[str, str]) -> str:
             continue
         plain = picture.resize(display_size(*picture.size, SIDE), Image.Resampling.BICUBIC)
         groups = [_tile(plain, "the picture", "the picture")]
-        for phrase, looks in list(phrases.items())[:PHRASES]:
+        for phrase, looks in list(phrases.items())[: max(1, TILES // len(models))]:
             tiles = []
             for model in (m for m in models if m.n in looks):
                 one, row = looks[model.n]
@@ -438,16 +440,16 @@ def causal(models: Sequence[Model]) -> str:
         ("present", "log_p", "change of log p of the noun as a caption"),
         ("absent", "p_yes", "change of P(yes) for things that are not there"),
     ):
-        items: list[Any] = []
+        items: list[Bar] = []
         for model in models:
             found = model.data["causal"][group].get(name)
             if found:
                 numbers = found["mean colour"]
                 own, other = (_number(numbers[f"change_{p}"]) for p in ("object", "elsewhere"))
-                items.append((f"{model.name}: thing blanked", own, model.n, True))
-                items.append(("elsewhere blanked", other, 1, False))
+                items.append(Bar(f"{model.name}: thing blanked", own, model.n))
+                items.append(Bar("elsewhere blanked", other, None, 1))
         if items:
-            panels.append((title, items))
+            panels.append((title, items, (-1.05, 0.25) if name == "p_yes" else None))
     rows = []
     for group, title in (("present", "things that are there"), ("absent", "things that are not")):
         for model in models:
@@ -478,7 +480,7 @@ def causal(models: Sequence[Model]) -> str:
         "an area of the same size and shape elsewhere is blanked instead. A model that uses the "
         "thing loses with it and not with the control; one that answers from habit loses nothing; "
         "for things that are not there nothing should change.</p>"
-        + _plot(figures.bars("causal", panels, columns=2))
+        + _plot(figures.bars("causal", panels))
         + "<p><small>Blanked with the mean colour; the blurred ones are in the table.</small></p>"
         + _folded("All numbers", _table(head, rows))
     )

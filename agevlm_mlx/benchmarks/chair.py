@@ -140,9 +140,9 @@ BENCHMARK = Benchmark(
     name="chair",
     about="objects that a caption of a COCO picture makes up (CHAIR-compatible)",
     needs=(
-        "pictures of COCO val2014 (https://images.cocodataset.org/zips/val2014.zip) and "
+        "pictures of COCO val2014 (http://images.cocodataset.org/zips/val2014.zip) and "
         "captions_val2014.json and instances_val2014.json "
-        "(https://images.cocodataset.org/annotations/annotations_trainval2014.zip); 2017 works "
+        "(http://images.cocodataset.org/annotations/annotations_trainval2014.zip); 2017 works "
         "too. Of more than 500 pictures a fixed choice is asked about. A synonyms.txt "
         "(https://github.com/LisaAnne/Hallucination) replaces our own table of words"
     ),

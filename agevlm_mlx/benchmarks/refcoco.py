@@ -232,7 +232,7 @@ BENCHMARK = Benchmark(
     needs=(
         "refs(unc).p (RefCOCO, RefCOCO+), refs(umd).p or refs(google).p (RefCOCOg), each beside "
         "its instances.json (https://github.com/lichengunc/refer), and the pictures of COCO "
-        "train2014 (https://images.cocodataset.org/zips/train2014.zip); or the parquet files of "
+        "train2014 (http://images.cocodataset.org/zips/train2014.zip); or the parquet files of "
         "lmms-lab/RefCOCO, RefCOCOplus or RefCOCOg (https://huggingface.co/lmms-lab)"
     ),
     read=read,

@@ -4,6 +4,7 @@ On held-out scenes: POPE (random, popular, adversarial), caption matching, capti
 (CHAIR), and where the attention lies for the noun that a question asks for.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache, partial
 from typing import Any
@@ -11,22 +12,21 @@ from typing import Any
 import numpy as np
 
 from ..data.records import CAPTION_PROMPT
-from ..evaluation import metrics
+from ..evaluation import metrics, yes_no
 from ..evaluation.benchmark import Benchmark, Given, Item, Scores
 from ..evaluation.scene_folder import (
     NEEDS,
     POPE_SPLITS,
-    Question,
     SceneFolder,
     SceneItem,
     read_scenes,
     swap_noun,
 )
 from ..evaluation.source import Source
+from ..evaluation.yes_no import Question
 
 #: Of the captions that are told apart: the same ones for every model and every run.
 _SEED = 1
-YES_NO = ("yes", "no")
 
 #: Score -> what it is the mean of, of `pointing.measures`.
 _LOOKS = {
@@ -76,8 +76,8 @@ def _pope(scene: SceneItem, source: Source) -> Iterator[Item]:
             scene,
             first.where,
             text,
-            label="yes" if first.label else "no",
-            options=YES_NO,
+            label=first.label,
+            options=yes_no.OPTIONS,
             about={"task": "pope", "splits": list(dict.fromkeys(split for split, _ in places))},
         )
 
@@ -104,11 +104,13 @@ def _matching(folder: SceneFolder) -> Iterator[Item]:
 def _looks(scene: SceneItem, nouns: metrics.NounVocabulary) -> Iterator[Item]:
     """The noun of each question about something that is there."""
     there: dict[str, Question] = {}
-    for question in (q for split in POPE_SPLITS for q in scene.questions[split] if q.label):
-        there.setdefault(question.text, question)
+    for question in (q for split in POPE_SPLITS for q in scene.questions[split]):
+        if question.label == "yes":
+            there.setdefault(question.text, question)
     for question in there.values():
         for noun in nouns.mentions(question.text)[:1]:
-            if noun in scene.objects:
+            as_it_is = rf"(?<!\w){re.escape(noun)}(?!\w)"  # not its plural
+            if noun in scene.objects and re.search(as_it_is, question.text, re.IGNORECASE):
                 yield _item(
                     scene,
                     f"look:{question.where}",
@@ -116,20 +118,15 @@ def _looks(scene: SceneItem, nouns: metrics.NounVocabulary) -> Iterator[Item]:
                     kind="look",
                     phrase=noun,
                     mask=partial(scene.mask, noun),
-                    about={"task": "grounding", "noun": noun},
+                    about={"task": "grounding"},
                 )
-
-
-def parse(item: Item, said: str) -> str:
-    """POPE's own rule."""
-    return "yes" if metrics.parse_yes_no(said) else "no"
 
 
 def score(given: Sequence[Given], scores: Scores) -> None:
     """Every score of the tasks that were answered."""
     for split in POPE_SPLITS:
         if mine := [g for g in _of(given, "pope") if split in g.item.about["splits"]]:
-            _score_split(mine, f"pope.{split}", scores)
+            yes_no.score(f"pope.{split}", mine, scores)
     if mine := [g for g in _of(given, "matching") if g.scores]:
         _score_matching(mine, scores)
     if mine := _of(given, "caption"):
@@ -142,20 +139,6 @@ def score(given: Sequence[Given], scores: Scores) -> None:
 
 def _of(given: Iterable[Given], task: str) -> list[Given]:
     return [one for one in given if one.item.about["task"] == task]
-
-
-def _score_split(given: Sequence[Given], name: str, scores: Scores) -> None:
-    labels = np.array([g.item.label == "yes" for g in given])
-    said = np.array([g.answer == "yes" for g in given])
-    answered = np.array([g.answer in YES_NO for g in given])
-    scores.mean(f"{name}.accuracy", given, answered & (said == labels))
-    scores.ratio(f"{name}.precision", given, said & labels, said)
-    scores.ratio(f"{name}.recall", given, said & labels, labels)
-    scores.ratio(f"{name}.f1", given, 2 * (said & labels), said.astype(int) + labels)
-    scores.mean(f"{name}.yes_ratio", given, said)
-    if all(g.scores for g in given):
-        margin = np.array([g.scores[0] - g.scores[1] for g in given])
-        scores.put(f"{name}.auroc", metrics.auroc(margin[labels], margin[~labels]))
 
 
 def _score_matching(given: Sequence[Given], scores: Scores) -> None:
@@ -189,7 +172,7 @@ BENCHMARK = Benchmark(
     needs=NEEDS,
     read=read,
     score=score,
-    parse=parse,
+    parse=yes_no.parse,
     headline=(
         "pope.adversarial.accuracy",
         "pope.popular.accuracy",

@@ -73,11 +73,10 @@ def _background(rng: np.random.Generator) -> np.ndarray:
 
 def make_scene(seed: int, split: Split, index: int, style: Style = "plain") -> Scene:
     """Picture `index` of a split: depends on these only, and its nouns not on the style."""
-    numbers = [seed, SPLITS.index(split), index]
-    rng, brush = np.random.default_rng(numbers), np.random.default_rng([*numbers, 2])
+    rng = np.random.default_rng([seed, SPLITS.index(split), index])
     nouns = sample_nouns(rng, split)
     while True:
-        scene = _paint(rng, nouns, style, brush)
+        scene = _paint(rng, nouns, style)
         if scene is not None:
             return scene
 
@@ -114,9 +113,7 @@ def _place(rng: np.random.Generator, side: int, others: list[_Pose]) -> tuple[in
     return None
 
 
-def _paint(
-    rng: np.random.Generator, nouns: list[str], style: Style, brush: np.random.Generator
-) -> Scene | None:
+def _paint(rng: np.random.Generator, nouns: list[str], style: Style = "plain") -> Scene | None:
     """The nouns in places that leave all of them visible; None when the dice did not allow it."""
     size: list[Size] = []
     poses: list[_Pose] = []
@@ -146,7 +143,7 @@ def _paint(
         # Brightness and a slight tint, so that no object has one exact colour.
         tint = rng.uniform(0.82, 1.12) * rng.uniform(0.93, 1.07, 3)
         canvas[spot] *= 1 - cutout[..., 3:] / 255
-        drawn = draw_sprite(cutout, style, brush)[..., :3]
+        drawn = draw_sprite(cutout, style, rng)[..., :3]
         canvas[spot] += drawn * tint.astype(np.float32)
     image = finish(np.clip(canvas, 0, 255).astype(np.uint8), style)
     return Scene(image, tuple(nouns), tuple(size), masks, np.array(boxes))

@@ -1,7 +1,7 @@
 """Other ways to draw the embedded pictures, to see what holds beyond the look of train.
 
-A style has its own random numbers: all but ``scaled`` leave every object where it is, with the
-same mask, and ``plain`` is what train looks like.
+``plain`` is what train looks like. All others but ``scaled`` leave every object where it is, with
+the same mask.
 """
 
 from typing import Literal, get_args

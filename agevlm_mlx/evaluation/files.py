@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from ..atomic import write_bytes, write_text
-from ..errors import UserError
+from ..errors import NO_ROOM, UserError
 
 
 def check_writable(path: Path) -> None:
@@ -37,6 +37,12 @@ def make_folder(path: Path) -> Path:
         raise UserError(f"{path}: expected a folder, got a file; choose another name") from None
     except PermissionError:
         raise UserError(f"{path}: no permission to make this folder; choose another") from None
+    except OSError as error:  # a read-only disk, a name too long, /proc
+        if error.errno in NO_ROOM:
+            raise
+        raise UserError(
+            f"{path}: cannot make this folder: {error.strerror}; choose another"
+        ) from None
     if not os.access(path, os.W_OK):
         raise UserError(f"{path}: expected a folder that can be written; choose another one")
     return path

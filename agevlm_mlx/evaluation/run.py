@@ -49,7 +49,11 @@ class Settings:
                 raise UserError(f"{flag}: expected at least {least}, got {value}")
         if not 0 <= self.seed < 2**31:
             raise UserError(f"--seed: expected 0 to 2^31 - 1, got {self.seed}")
-        if self.prompt is not None and "{question}" not in self.prompt:
+
+    def check_prompt(self, items: Sequence[Item]) -> None:
+        """``UserError`` for a `prompt` that would ask the same of different questions."""
+        asked = {item.prompt for item in items if item.kind != "look"}
+        if self.prompt is not None and "{question}" not in self.prompt and len(asked) > 1:
             raise UserError(f"--prompt: expected '{{question}}' in it, got {self.prompt!r}")
 
 

@@ -17,8 +17,10 @@ from ..data.coco import instance_mask
 from ..data.nouns import theme_of
 from ..errors import UserError
 from ..sam.targets import rle_decode, rle_encode
+from . import yes_no
 from .metrics import NounVocabulary
 from .source import Source
+from .yes_no import Question
 
 POPE_SPLITS = ("random", "popular", "adversarial")
 NEEDS = (
@@ -26,15 +28,6 @@ NEEDS = (
     "instances.json (COCO), pope_random.json, pope_popular.json, pope_adversarial.json (POPE) "
     "and images/"
 )
-
-
-@dataclass(frozen=True)
-class Question:
-    """One line of a POPE file; `where` is its file and line, `label` True = yes."""
-
-    where: str
-    text: str
-    label: bool
 
 
 @dataclass(frozen=True)
@@ -129,16 +122,13 @@ def _questions(source: Source) -> dict[str, dict[str, list[Question]]]:
     asked: dict[str, dict[str, list[Question]]] = {}
     for split in POPE_SPLITS:
         for path in _file(source, f"pope_{split}.json"):
-            for where, row in source.rows(path, ("image", "text", "label")):
-                image, text, label = (row[key] for key in ("image", "text", "label"))
-                label = str(label).lower()
-                if not isinstance(image, str) or not isinstance(text, str) or not text.strip():
-                    source.bad(where, f"expected an image and a text, got {image!r}, {text!r}")
-                elif label not in ("yes", "no"):
-                    source.bad(where, f"expected a label yes or no, got {row['label']!r}")
+            for question in yes_no.questions(source, path):
+                if isinstance(question.image, str):
+                    of_image = asked.setdefault(question.image, {})
+                    of_image.setdefault(split, []).append(question)
                 else:
-                    question = Question(where, text, label == "yes")
-                    asked.setdefault(image, {}).setdefault(split, []).append(question)
+                    problem = f"expected an image's name, got {question.image!r:.40}"
+                    source.bad(question.where, problem)
     return asked
 
 

@@ -26,9 +26,10 @@ class Source:
     """A benchmark's data: a folder as its authors publish it, with parquet files of the hub, or
     as ``datasets`` saves it to disk.
 
-    Files whose names begin with a dot are not seen, nor links that lead out of the folder (those
-    of the hub's cache into its own blobs are). A dataset saved to disk goes by the names that its
-    parquet files have on the hub: ``data/test-00000-of-00001.parquet``.
+    Files whose names begin with a dot are not seen. Links are followed, since pictures of several
+    benchmarks are often kept elsewhere; names in tables that lead out of the folder are not. A
+    dataset saved to disk goes by the names that its parquet files have on the hub:
+    ``data/test-00000-of-00001.parquet``.
     """
 
     def __init__(self, folder: Path, skip_bad: bool = False) -> None:
@@ -44,8 +45,6 @@ class Source:
         self._skip_bad = skip_bad
         self._missing: list[str] = []
         self._absent = 0  # rows whose image is not there
-        self._refused: list[str] = []  # links that lead out of the folder
-        self._real = _homes(folder)
         self._files: dict[PurePosixPath, Path] = {}  # every name that a file goes by
         self._named: dict[str, list[Path]] = defaultdict(list)  # by its bare name
         self._folders: set[str] = set()  # bare names of the folders below
@@ -54,34 +53,24 @@ class Source:
         self._index()
 
     def _index(self) -> None:
-        for place, folders, files in os.walk(self.folder):
+        known = {self.folder.resolve()}
+        for place, folders, files in os.walk(self.folder, followlinks=True):
             here = Path(place)
-            for name in list(folders):
-                if name.startswith(".") or name == "__MACOSX":
-                    folders.remove(name)
-                elif (here / name).is_symlink() and not self._is_inside(here / name):
-                    self._refused.append(self._name(here / name))
-            folders.sort()
+            folders[:] = sorted(
+                name
+                for name in folders
+                if not name.startswith(".") and name != "__MACOSX" and _new(here / name, known)
+            )
             self._folders.update(folders)
             for name in sorted(files):
                 path = here / name
                 if name.startswith("."):
-                    continue
-                if path.is_symlink() and not self._is_inside(path):
-                    self._refused.append(self._name(path))
                     continue
                 self._named[name].append(path)
                 self._files[PurePosixPath(self._name(path))] = path
                 if name.startswith("data-") and name.endswith(".arrow"):
                     self._files[PurePosixPath(self._name(_on_the_hub(path, self.folder)))] = path
         self._files = dict(sorted(self._files.items()))
-
-    def _is_inside(self, path: Path) -> bool:
-        try:
-            real = path.resolve(strict=True)
-        except (OSError, RuntimeError, ValueError):  # a loop of links, a NUL
-            return False
-        return any(real.is_relative_to(home) for home in self._real)
 
     def _name(self, path: Path) -> str:
         """Relative to the folder, so that it is the same on every machine."""
@@ -108,18 +97,22 @@ class Source:
 
     def lines(self, path: Path) -> Iterator[tuple[str, str]]:
         """(file:line, text) of the lines that are not blank; bad characters are told to `bad`."""
-        for number, line in tables.lines(path):
-            where = f"{self._name(path)}:{number}"
-            if problem := tables.damage(line):
-                self.bad(where, problem)
-            else:
-                yield where, line
+        try:
+            for number, line in tables.lines(path):
+                where = f"{self._name(path)}:{number}"
+                if problem := tables.damage(line):
+                    self.bad(where, problem)
+                else:
+                    yield where, line
+        except OSError as error:
+            self.bad(self._name(path), f"cannot be read: {error.strerror}")
 
     def rows(self, path: Path, columns: Sequence[str] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
         """(file:line, row) of a table, by its ending: .json (an array, or one object a line),
         .jsonl, .tsv, .csv, .parquet, .arrow, or a folder of ``datasets.save_to_disk``.
 
-        The file's name is relative to the folder; of parquet and Arrow it is the row's number.
+        The file's name is relative to the folder; of parquet and Arrow it is the row's number. No
+        two rows have the same, also where an array is all in one line ("file:1 row 2").
         Values of TSV and CSV are str, images of parquet dicts with "bytes" and "path". A malformed
         row, and one that lacks one of `columns`, is told to `bad` and left out.
         """
@@ -160,13 +153,16 @@ class Source:
             path = self._written(value)
         if path is not None:
             if path not in self._images:
-                self._images[path] = _wrong(path, "the image")
+                self._images[path] = _wrong(path, self._shown(path))
             problem = self._images[path]
         if path is None or problem:
             self._absent += problem.startswith("no image")
             self.bad(where, problem)
             return None
         return path
+
+    def _shown(self, path: Path) -> str:
+        return f"the image {self._name(path)}" if path.is_relative_to(self.folder) else "its image"
 
     def _found(self, name: str, folders: Sequence[str]) -> tuple[Path | None, str]:
         """The file that a row names, or what is wrong."""
@@ -180,10 +176,8 @@ class Source:
                 there = path.is_file()
             except OSError:  # a name too long
                 there = False
-            if there and self._is_inside(path):
-                return path, ""
             if there:
-                return None, f"the image {shown!r} is a link out of the folder; copy it there"
+                return path, ""
         # A layout of its own: the end of the name counts, and the bare name where the folders
         # that the name tells of do not exist. Else an image of another folder could be taken.
         same = [path for path in self._named.get(relative.name, []) if path.is_file()]
@@ -213,14 +207,8 @@ class Source:
         """``UserError`` that lists what is missing, and where it is from (`needs`), or the bad
         rows, unless they are to be skipped."""
         if self._missing:
-            links = ""
-            if self._refused:
-                links = (
-                    f"\n  not followed: links out of the folder ({', '.join(self._refused[:3])}"
-                    f"{', ...' if len(self._refused) > 3 else ''}); copy what they lead to"
-                )
             missing = "".join(f"\n  missing: {what}" for what in dict.fromkeys(self._missing))
-            raise UserError(f"{self.folder}: expected {needs}{missing}{links}")
+            raise UserError(f"{self.folder}: expected {needs}{missing}")
         if self.problems and not self._skip_bad:
             count = len(self.problems)
             listed = "".join(f"\n  {problem}" for problem in self.problems[:_LISTED])
@@ -251,12 +239,15 @@ class Source:
         self.close()
 
 
-def _homes(folder: Path) -> list[Path]:
-    """Where a file of the folder may really lie: in it, or in the blobs of the hub's cache, of
-    which a snapshot's folder has links only."""
-    real = folder.resolve()
-    blobs = real.parent.parent / "blobs"
-    return [real, blobs] if real.parent.name == "snapshots" and blobs.is_dir() else [real]
+def _new(folder: Path, known: set[Path]) -> bool:
+    """Whether a folder is none of those before, which links may lead to again, even in circles."""
+    try:
+        real = folder.resolve()
+    except (OSError, RuntimeError):  # a circle of links
+        return False
+    fresh = real not in known
+    known.add(real)
+    return fresh
 
 
 def _on_the_hub(path: Path, folder: Path) -> Path:

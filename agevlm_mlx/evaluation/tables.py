@@ -12,8 +12,9 @@ from typing import Any
 
 from ..errors import UserError, one_line
 
-#: A row, or what is wrong with it, and its number: its first line, or in parquet its place.
-Numbered = tuple[int, "dict[str, Any] | str"]
+#: A row, or what is wrong with it, after what tells it from the others: its first line ("7 row 3"
+#: for the third one of an array, where another begins on line 7), or in parquet its place.
+Numbered = tuple["int | str", "dict[str, Any] | str"]
 #: Characters of one field: base64 images are megabytes, csv's own limit is 131072.
 MAX_FIELD = 1 << 28
 #: Rows of parquet and Arrow in memory at a time.
@@ -92,35 +93,36 @@ def _json_lines(path: Path) -> Iterator[Numbered]:
 def _array(path: Path) -> Iterator[Numbered]:
     with _open(path) as file:
         text = file.read()
-    decoder, place, line = json.JSONDecoder(), text.index("[") + 1, 1
-    line += text.count("\n", 0, place)
-
-    def skip(at: int) -> int:
-        while at < len(text) and text[at] in " \t\r\n":
-            at += 1
-        return at
-
-    first = True
+    decoder, at = json.JSONDecoder(), text.index("[") + 1
+    line, counted, count, last = 1, 0, 0, 0
     while True:
-        start = skip(place)
-        line, place = line + text.count("\n", place, start), start
-        if first and text.startswith("]", start):
+        at = _after_space(text, at)
+        line, counted = line + text.count("\n", counted, at), at
+        where = f"{line} row {count + 1}" if line == last else line
+        if not count and text.startswith("]", at):
             return
         try:
-            value, place = decoder.raw_decode(text, start)
+            value, end = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
             reason = getattr(error, "msg", "") or one_line(error)
-            yield line, f"malformed JSON: {reason}; {_REST}"
+            yield where, f"malformed JSON: {reason}; {_REST}"
             return
-        problem = damage(text[start:place]) or _escaped_damage(text[start:place])
-        yield line, problem or _row(value)
-        after = skip(place)
-        line, place, first = line + text.count("\n", start, after), after + 1, False
-        if text.startswith("]", after):
+        problem = damage(text[at:end]) or _escaped_damage(text[at:end])
+        yield where, problem or _row(value)
+        at, count, last = _after_space(text, end), count + 1, line
+        if text.startswith("]", at):
             return
-        if not text.startswith(",", after):
+        if not text.startswith(",", at):
+            line += text.count("\n", counted, at)
             yield line, f"malformed JSON: expected ',' or ']'; {_REST}"
             return
+        at += 1
+
+
+def _after_space(text: str, at: int) -> int:
+    while text[at : at + 1] in (" ", "\t", "\r", "\n"):
+        at += 1
+    return at
 
 
 def _decoded(text: str) -> tuple[Any, str]:
@@ -211,7 +213,9 @@ def _batches(path: Path, batches: Callable[[], Iterator[Any]]) -> Iterator[Numbe
             for at in range(batch.num_rows):
                 number += 1
                 try:
-                    row = batch.slice(at, 1).to_pylist()[0]
+                    one = batch.slice(at, 1)
+                    one.validate(full=True)  # or damaged offsets lead out of the memory
+                    row = one.to_pylist()[0]
                 except (ValueError, OverflowError) as error:  # text that is no UTF-8, odd dates
                     row = f"cannot be read: {one_line(error)}"
                 yield number, row

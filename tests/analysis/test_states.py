@@ -55,8 +55,9 @@ def test_states_are_those_of_a_pass_layer_by_layer(model, z_img):
     for seen, expected in zip(watch.states, stream, strict=True):
         np.testing.assert_allclose(np.array(seen), np.array(expected), atol=1e-5)
     # The last state leads to the logits, so that nothing is missing between them.
-    head = model.language_model.lm_head if "lm_head" in model.language_model else None
-    out = (head or trunk.embed_tokens.as_linear)(trunk.norm(watch.states[-1]))
+    tied = "lm_head" not in model.language_model
+    head = trunk.embed_tokens.as_linear if tied else model.language_model.lm_head
+    out = head(trunk.norm(watch.states[-1]))
     np.testing.assert_allclose(np.array(out), np.array(logits), atol=1e-5)
 
 
@@ -99,6 +100,7 @@ def test_image_states_of_concat_are_means_over_the_image_tokens(tiny_model_confi
     _, image = answer_states(model, tokenizer, z_img, TEXTS, PROMPT)
     stream = by_hand(model, z_img, model.make_cache())
     expected = np.stack([np.array(state[0].mean(0)) for state in stream])
+    assert image is not None
     np.testing.assert_allclose(image, expected, atol=1e-5)
 
 
@@ -108,13 +110,14 @@ def test_image_states_of_cross_are_what_even_attention_writes(tiny_model_config,
     _, image = answer_states(model, tokenizer, z_img, TEXTS, PROMPT)
     written = []
     for i in (1, 2):
-        block = model.layers[i].cross_attn
+        block: Any = model.layers[i].cross_attn
         block.q_proj.weight = mx.zeros_like(block.q_proj.weight)  # now it looks evenly
         x = mx.random.normal((1, 1, 32))
         vision = model.look(z_img)[i].vision
         written.append(np.array((block(x, vision) - x)[0, 0]))
     # The embedding, after layer 0 (not grafted), after 1 and 2: each before its own layer.
     expected = np.stack([written[0], written[0], written[0], written[1]])
+    assert image is not None
     np.testing.assert_allclose(image, expected, atol=1e-5)
 
 

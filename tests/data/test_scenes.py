@@ -81,23 +81,18 @@ def test_masks_cover_exactly_what_was_painted(monkeypatch: pytest.MonkeyPatch) -
         assert (painted & ~near).sum() < 0.02 * seen.sum()
 
 
-def paint(nouns: list[str]) -> painting.Scene | None:
-    rng = np.random.default_rng(0)
-    return painting._paint(rng, nouns, "plain", rng)
-
-
 def test_an_object_in_front_hides_what_is_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(painting, "_place", lambda rng, side, others: (40, 40 + 12 * len(others)))
     monkeypatch.setattr(painting, "_MIN_VISIBLE", 0.0)
-    both = paint(["book", "clock"])
-    alone = paint(["book"])
+    both = painting._paint(np.random.default_rng(0), ["book", "clock"])
+    alone = painting._paint(np.random.default_rng(0), ["book"])
     assert both is not None
     assert alone is not None
     hidden = alone.masks[0] & ~both.masks[0]
     assert hidden.sum() > 0
     assert (hidden <= both.masks[1]).all()
     monkeypatch.setattr(painting, "_MIN_VISIBLE", 0.999)
-    assert paint(["book", "clock"]) is None
+    assert painting._paint(np.random.default_rng(0), ["book", "clock"]) is None
 
 
 def test_big_and_small_are_apart() -> None:

@@ -99,6 +99,23 @@ def test_vocabulary_is_safe_for_words_plurals_and_punctuation():
     assert nouns.mentions("") == []
 
 
+def test_irregular_plurals_of_any_vocabulary():
+    nouns = metrics.NounVocabulary(
+        ["snowman", "wolf", "wife", "tooth", "giraffe", "box", "person", "--"]
+    )
+    said = "snowmen wolves wives teeth giraffes boxes people wolf"
+    assert nouns.mentions(said) == [
+        "snowman",
+        "wolf",
+        "wife",
+        "tooth",
+        "giraffe",
+        "box",
+        "person",
+        "wolf",
+    ]
+
+
 def caption_scores(mentions: list[list[str]], truth: list[set[str]]) -> dict[str, float]:
     counts = [metrics.caption_counts(m, t) for m, t in zip(mentions, truth, strict=True)]
     ratios = metrics.caption_ratios(np.array(counts))

@@ -306,13 +306,21 @@ def test_the_digest_is_of_what_is_asked_and_what_is_right(pictures):
         ({"batch_size": 1}, "--batch-size: expected at least 2, got 1"),
         ({"max_tokens": 0}, "--max-tokens: expected at least 1"),
         ({"seed": -1}, "--seed: expected 0 to 2"),
-        ({"prompt": "Answer."}, "--prompt: expected '{question}' in it"),
     ],
 )
 def test_settings_that_cannot_be(settings, message):
     with pytest.raises(UserError) as caught:
         Settings(**settings)
     assert message in str(caught.value)
+
+
+def test_a_prompt_without_the_question_is_for_captions_alone(pictures):
+    captions = [item for item in everything(pictures) if item.kind == "text"]
+    instead = Settings(prompt="Describe it.")
+    instead.check_prompt(captions)
+    with pytest.raises(UserError, match=r"expected '\{question\}' in it, got 'Describe it\.'"):
+        instead.check_prompt(questions(pictures))
+    Settings(prompt="{question} Briefly.").check_prompt(questions(pictures))
 
 
 # --- the file ---------------------------------------------------------------------------------

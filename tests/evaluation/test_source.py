@@ -1,8 +1,10 @@
 """A benchmark's files: found, read, and every fault of theirs told with its place."""
 
 import base64
+import hashlib
 import json
 import os
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +15,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow
+import pyarrow.ipc
 import pytest
 from PIL import Image
 from pyarrow import parquet
@@ -126,29 +129,29 @@ def test_no_folder(tmp_path: Path, name: str, got: str):
         Source(tmp_path / name)
 
 
-def test_links_out_of_the_folder_are_not_followed(tmp_path: Path, write):
-    write("outside/secret.json", [{"a": 1}])
+def test_links_are_followed_once_and_names_do_not_lead_out(tmp_path: Path, write):
+    write("outside/more.json", [{"a": 1}])
     write("outside/1.png", picture())
     inside = write("data/own.json", [{"a": 1}]).parent
-    (inside / "again.json").symlink_to("own.json")
-    (inside / "secret.json").symlink_to("../outside/secret.json")
     (inside / "images").symlink_to("../outside")
+    (inside / "images" / "again").symlink_to("../data")  # a circle
+    (inside / "same").symlink_to("../outside")
     (inside / "2.png").symlink_to("../outside/1.png")
     (inside / "loop.json").symlink_to("loop.json")
+    (inside / "nowhere.json").symlink_to("gone.json")
     source = Source(inside)
-    assert [path.name for path in source.find("*.json")] == ["again.json", "own.json"]
-    assert source.find("*.png") == []
-    for name in ("images/1.png", "2.png", "../outside/1.png", "1.png"):
-        assert source.image("x:1", name) is None
-    assert [problem[:50] for problem in source.problems] == [
-        "x:1: the image 'images/1.png' is a link out of the",
-        "x:1: the image '2.png' is a link out of the folder",
-        "x:1: expected the name of an image in the folder, ",
-        "x:1: no image '1.png'",
+    assert [source.folder / path for path in source.find("*.json")] == [
+        inside / "images" / "more.json",
+        inside / "own.json",
     ]
-    source.need("b.json", what="b.json")
-    with pytest.raises(UserError, match=r"not followed: .*\(images, 2.png, loop.json, \.\.\.\)"):
-        source.check("b.json")
+    for name in ("images/1.png", "2.png", "1.png"):
+        found = source.image("x:1", name)
+        assert found is not None
+        assert found.resolve() == tmp_path / "outside" / "1.png"
+    assert source.image("x:1", "../outside/1.png") is None
+    assert source.problems == [
+        "x:1: expected the name of an image in the folder, got '../outside/1.png'"
+    ]
 
 
 def test_the_hubs_cache_is_links_to_its_blobs(tmp_path: Path, write):
@@ -206,11 +209,11 @@ def test_a_json_array(tmp_path: Path, write):
         "a.json", '\n [{"a": 1},\r\n  {"a":\n 2}, 3,\n\n{"b": 4}, {"a": "\\udc00"}, {"a": 5}\n]\n'
     )
     rows, problems = read(tmp_path, "a.json", ("a",))
-    assert rows == [("a.json:2", {"a": 1}), ("a.json:3", {"a": 2}), ("a.json:6", {"a": 5})]
+    assert rows == [("a.json:2", {"a": 1}), ("a.json:3", {"a": 2}), ("a.json:6 row 6", {"a": 5})]
     assert problems == [
         "a.json:4: expected an object, got '3'",
         "a.json:6: expected a, got b",
-        "a.json:6: expected UTF-8 text, got other bytes",
+        "a.json:6 row 5: expected UTF-8 text, got other bytes",
     ]
 
 
@@ -220,8 +223,16 @@ def test_a_broken_array_gives_what_is_before_the_fault(tmp_path: Path, write, re
     rows, problems = read(tmp_path, "a.json")
     assert rows[0] == ("a.json:2", {"a": 1})
     assert len(problems) == 1
-    assert problems[0].startswith("a.json:3: malformed JSON: ")
+    assert problems[0].startswith("a.json:3")
+    assert ": malformed JSON: " in problems[0]
     assert problems[0].endswith("; the rest of the file is left out")
+
+
+def test_an_array_in_one_line(tmp_path: Path, write):
+    write("a.json", json.dumps([{"a": n} for n in range(3)])[:-1] + ", oops]")
+    rows, problems = read(tmp_path, "a.json")
+    assert [where for where, _ in rows] == ["a.json:1", "a.json:1 row 2", "a.json:1 row 3"]
+    assert problems[0].startswith("a.json:1 row 4: malformed JSON")
 
 
 def test_empty_tables(tmp_path: Path, write):
@@ -258,7 +269,10 @@ def test_other_encodings(tmp_path: Path, write):
         [("latin.csv:3", {"a": "2", "b": "3"})],
         ["latin.csv:2: expected UTF-8 text, got other bytes"],
     )
-    assert read(tmp_path, "latin.json") == ([("latin.json:1", {"a": 2})], ["latin.json" + other])
+    assert read(tmp_path, "latin.json") == (
+        [("latin.json:1 row 2", {"a": 2})],
+        ["latin.json" + other],
+    )
 
 
 def test_csv(tmp_path: Path, write):
@@ -311,7 +325,35 @@ def test_lines(tmp_path: Path, write):
     path = write("a/1.txt", b"Is it?\tYes\r\n\r\n\xff\tNo\nLast\tNo")
     source = Source(tmp_path)
     assert list(source.lines(path)) == [("a/1.txt:1", "Is it?\tYes"), ("a/1.txt:4", "Last\tNo")]
-    assert source.problems == ["a/1.txt:3: expected UTF-8 text, got other bytes"]
+    assert list(source.lines(tmp_path / "gone.txt")) == []
+    assert source.problems == [
+        "a/1.txt:3: expected UTF-8 text, got other bytes",
+        "gone.txt: cannot be read: No such file or directory",
+    ]
+
+
+@pytest.mark.parametrize("ending", ["json", "jsonl", "csv", "tsv"])
+def test_damaged_text(tmp_path: Path, write, ending: str):
+    """Whatever bytes are changed, rows are rows and the rest is told."""
+    rows = [{"a": str(n), "b": 'x, "y"\t\u00e9'} for n in range(6)]
+    separator = "\t" if ending == "tsv" else ","
+    quoted = "".join(f'{n}{separator}"x, ""y"" \u00e9"\n' for n in range(6))
+    whole = {
+        "json": json.dumps(rows, indent=1, ensure_ascii=False),
+        "jsonl": "".join(json.dumps(row) + "\n" for row in rows),
+    }.get(ending, f"a{separator}b\n{quoted}")
+    rng = np.random.default_rng(0)
+    told = 0
+    for _ in range(200):
+        data = bytearray(whole.encode())
+        for place in rng.integers(len(data), size=3):
+            data[place] = rng.choice(list(b'\0\r\n"{}[],\t\\9\xff\xc3'))
+        write(f"a.{ending}", bytes(data[: rng.integers(len(data) // 2, 2 * len(data))]))
+        found, problems = read(tmp_path, f"a.{ending}")
+        assert all(type(row) is dict for _, row in found)
+        json.dumps(found, ensure_ascii=False).encode()
+        told += bool(problems)
+    assert told > 100
 
 
 def test_no_table(tmp_path: Path, write):
@@ -378,7 +420,25 @@ def test_parquet_with_text_that_is_none(tmp_path: Path):
     parquet.write_table(pyarrow.table({"a": text}), tmp_path / "a.parquet")
     rows, problems = read(tmp_path, "a.parquet")
     assert [row for _, row in rows] == [{"a": "ok"}, {"a": "fine"}]
-    assert problems[0].startswith("a.parquet:2: cannot be read: 'utf-8' codec")
+    assert problems[0].startswith("a.parquet:2: cannot be read: ")
+
+
+def test_arrow_with_damaged_offsets(tmp_path: Path, write):
+    """Unchecked, the second row would be read from outside the memory."""
+    table = pyarrow.table({"a": [f"row {n}" for n in range(9)]})
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
+    data = sink.getvalue().to_pybytes()
+    offsets = struct.pack("<5i", 0, 5, 10, 15, 20)
+    assert data.count(offsets) == 1
+    write("data-0.arrow", data.replace(offsets, struct.pack("<5i", 0, 5, 2**30, 15, 20)))
+    rows, problems = read(tmp_path, "data-0.arrow")
+    assert [row["a"] for _, row in rows] == [f"row {n}" for n in range(9) if n not in (1, 2)]
+    assert [problem[:32] for problem in problems] == [
+        "data-0.arrow:2: cannot be read: ",
+        "data-0.arrow:3: cannot be read: ",
+    ]
 
 
 def test_datasets_saved_to_disk(tmp_path: Path):
@@ -497,6 +557,7 @@ def test_images_as_bytes_are_written_once(tmp_path: Path):
         assert other is not None
         assert other != one
         assert one.read_bytes() == picture(1)
+        assert one.name == hashlib.sha256(picture(1)).hexdigest()
         folder = one.parent
         assert sorted(folder.iterdir()) == sorted([one, other])
         assert not source.problems
@@ -525,9 +586,9 @@ def test_what_is_no_image(tmp_path: Path, write):
     Image.new("1", (8000, 7000)).save(tmp_path / "big.png")
     (tmp_path / "folder.png").mkdir()
     values = {
-        "text.png": "the image: not an image that can be read",
-        "bomb.png": "the image: ",
-        "big.png": "the image: expected at most 50 megapixels, got 8000x7000",
+        "text.png": "the image text.png: not an image that can be read",
+        "bomb.png": "the image bomb.png: ",
+        "big.png": "the image big.png: expected at most 50 megapixels, got 8000x7000",
         "folder.png": "no image",
         "gone.png": "no image 'gone.png'",
         "/etc/hostname": "expected the name of an image in the folder",
@@ -537,10 +598,10 @@ def test_what_is_no_image(tmp_path: Path, write):
         "": "expected an image, got ''",
         " ": "no image ' '",
         ".": "no image '.'",
-        "A" * 2000: "the image: not an image",
+        "A" * 2000: "its image: not an image",
         "A" * 2001 + "!": "expected an image, got 'AAA",
         b"": "expected an image, got",
-        b"GIF": "the image: not an image",
+        b"GIF": "its image: not an image",
         None: "expected an image, got 'None'",
         7: "expected an image, got '7'",
         ("a", "b"): "expected an image, got",

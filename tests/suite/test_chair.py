@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from agevlm_mlx.benchmarks import chair, coco_nouns
+from agevlm_mlx.benchmarks.coco_tables import read_table
 from agevlm_mlx.errors import UserError
 from agevlm_mlx.evaluation.benchmark import Given, Item, Scores
-from agevlm_mlx.evaluation.metrics import NounVocabulary
 from agevlm_mlx.evaluation.scoring import as_item
 from agevlm_mlx.evaluation.source import Source
 
@@ -141,12 +141,6 @@ def test_the_table_has_cocos_80_classes_and_no_word_for_two():
             assert nouns.mentions(word) == ([name] if word else [])
 
 
-def test_irregular_plurals_of_any_vocabulary():
-    nouns = NounVocabulary(["snowman", "wolf", "wife", "tooth", "giraffe", "box", "--"])
-    said = "snowmen wolves wives teeth giraffes boxes wolf"
-    assert nouns.mentions(said) == ["snowman", "wolf", "wife", "tooth", "giraffe", "box", "wolf"]
-
-
 def test_words_of_a_published_table():
     lines = [
         "person, man,  baby",
@@ -188,6 +182,18 @@ def test_the_pictures_that_are_there_with_their_objects(folder: Path):
     assert one.image == folder / "val2014" / file_name(9)
     assert one.about["synonyms"] == "ours"
     assert chair.BENCHMARK.max_tokens == 64
+
+
+def test_outlines_are_not_kept(folder: Path, monkeypatch):
+    tables = []
+
+    def spy(*args: Any) -> Any:
+        tables.append(read_table(*args))
+        return tables[-1]
+
+    monkeypatch.setattr(chair, "read_table", spy)
+    assert len(read(folder)[0]) == 3
+    assert all(set(a) <= {"id", "image_id", "category_id"} for a in tables[1]["annotations"])
 
 
 def test_a_published_table_in_the_folder_is_used_and_told(folder: Path):
@@ -235,7 +241,7 @@ def test_bad_rows_are_told_and_the_rest_is_read(folder: Path):
     for part in (
         "annotations/captions_val2014.json: annotations 6: expected image_id, caption",
         "annotations/captions_val2014.json: images 5: expected id, file_name",
-        "captions_val2014.json: images 6: the image: not an image",
+        "captions_val2014.json: images 6: the image val2014/broken.jpg: not an image",
         "annotations/instances_val2014.json: annotations 6: no category 555",
         "annotations/instances_val2014.json: annotations 7: expected image_id, category_id",
         "annotations/instances_val2014.json: categories 7: no class",

@@ -130,7 +130,7 @@ def test_bad_rows(published: Path):
     assert {item.unit for item in items} == {"artwork/10002", "OCR/0001", "count/good"}
     start = "MME_Benchmark_release_version/MME_Benchmark/count/"
     assert sorted(problem.removeprefix(start)[:45] for problem in problems) == [
-        "broken.txt:1: the image: not an image that ca",
+        "broken.txt:1: the image MME_Benchmark_release",
         "bytes.txt:1: expected UTF-8 text, got other b",
         "bytes.txt:2: expected 2 questions of a pictur",
         "gone.txt:1: no image 'MME_Benchmark_release_v",

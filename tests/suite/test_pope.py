@@ -204,7 +204,7 @@ def test_bad_rows(published: Path):
         problems,
         {
             6: "no image 'gone.jpg'",
-            7: "the image: not an image",
+            7: "the image val2014/broken.jpg: not an image",
             8: "expected yes or no in 'label', got 'maybe'",
             10: "expected a question in 'text', got ''",
             11: "expected image, text, label, got question_id, image, label",

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from agevlm_mlx.benchmarks import refcoco
+from agevlm_mlx.benchmarks.coco_tables import read_table
 from agevlm_mlx.data.image import Preprocessor
 from agevlm_mlx.errors import UserError
 from agevlm_mlx.evaluation import pointing
@@ -244,6 +245,18 @@ def test_masks_are_those_of_the_outlines(folder: Path):
     expected[2, 0:4, 0:4] = expected[2, 12:20, 16:24] = True
     expected[3, 4:8, 4:8] = True
     assert (np.stack(masks) == expected).all()
+
+
+def test_outlines_that_nobody_asks_about_are_not_kept(folder: Path, monkeypatch):
+    tables = []
+
+    def spy(*args: Any) -> Any:
+        tables.append(read_table(*args))
+        return tables[-1]
+
+    monkeypatch.setattr(refcoco, "read_table", spy)
+    assert len(read(folder)[0]) == 4
+    assert [a["id"] for a in tables[0]["annotations"] if a] == [11, 21, 22]
 
 
 def test_one_splitting_of_a_dataset_counts(folder: Path):
