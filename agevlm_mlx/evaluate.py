@@ -6,19 +6,16 @@ import shlex
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
-from . import benchmarks, config, errors, hub
+from . import benchmarks, errors, hub
 from .benchmarks import benchmark
 from .errors import UserError
-from .evaluation import compare, files, scoring
-from .evaluation.answers import AnswerFile
+from .evaluation import compare, files, result
 from .evaluation.benchmark import Benchmark, Item
-from .evaluation.machine import machine, versions
-from .evaluation.run import Run, Settings, digest, sample
+from .evaluation.run import Settings, prompted, sample
 from .evaluation.source import Source
 from .evaluation.summary import table
 
@@ -36,7 +33,8 @@ examples:
 Beside each number stand the same one without an image (blind), with another image (shuffled),
 for always the same answer, and for the commonest answer to each question (majority, which knows
 the labels). Writes OUT/BENCHMARK-MODEL.json (numbers, 95 % intervals, settings, versions) and a
-.jsonl beside it with every answer, as it comes: a run that was broken off goes on where it was.
+.jsonl beside it with every answer, as it comes: a run that was broken off goes on where it was, and
+a result is not replaced by one of other settings or another model unless --fresh is given.
 """
 
 
@@ -44,9 +42,6 @@ the labels). Writes OUT/BENCHMARK-MODEL.json (numbers, 95 % intervals, settings,
 def main(argv: list[str] | None = None) -> int:
     """Run the command; see ``--help``."""
     args = _parser().parse_args(argv)
-    if args.compare:
-        return _compare(args)
-    chosen = _benchmarks(args)
     settings = Settings(
         limit=args.limit,
         seed=args.seed,
@@ -55,28 +50,39 @@ def main(argv: list[str] | None = None) -> int:
         batch_size=args.batch_size,
         skip_bad=args.skip_bad,
     )
-    if args.data is None:
-        raise UserError("--data: expected the benchmark's folder or a hub id, got nothing")
+    if args.compare:
+        return _compare(args)
+    chosen = _benchmarks(args)
     folder = _folder(args.data)
-    out = None if args.dry_run else files.make_folder(args.out)
-    model = None
-    for one in chosen:
-        with Source(folder, args.skip_bad) as source:
-            items = one.read(source)
-            source.check(one.needs)
-            if not items:
-                raise UserError(f"{folder}: expected something to ask, got nothing; {one.needs}")
-            settings.check_prompt(items)
-            items = sample(items, settings)
-            if out is None:
-                print(_plan(one, items, source.problems, settings))
-                continue
-            if model is None:
-                from .respondents import respondent  # MLX only once there is something to ask
+    with ExitStack() as stack:
+        # All of them first: what is missing is told before hours of work, not after.
+        read = [(one, *_read(one, folder, settings, stack)) for one in chosen]
+        if args.dry_run:
+            for one, items, problems in read:
+                print(_plan(one, items, problems, settings))
+            return 0
+        out = files.make_folder(args.out)
+        from .respondents import respondent  # MLX only once there is something to ask
 
-                model = respondent(args.model)
-            _evaluate(one, items, source.problems, model, settings, out, args, argv)
+        model = respondent(args.model)
+        command = shlex.join(["agevlm", "evaluate", *(sys.argv[1:] if argv is None else argv)])
+        for one, items, problems in read:
+            to = result.Out(out, folder, model, command, problems, args.fresh)
+            _evaluate(one, items, to, settings, args.all)
     return 0
+
+
+def _read(
+    one: Benchmark, folder: Path, settings: Settings, stack: ExitStack
+) -> tuple[list[Item], list[str]]:
+    """What is to be asked, and what was left out."""
+    source = stack.enter_context(Source(folder, settings.skip_bad))
+    items = one.read(source)
+    source.check(one.needs)
+    if not items:
+        raise UserError(f"{folder}: expected something to ask, got nothing; {one.needs}")
+    settings.check_prompt(items)
+    return sample(items, settings), source.problems
 
 
 def _benchmarks(args: argparse.Namespace) -> list[Benchmark]:
@@ -90,12 +96,18 @@ def _benchmarks(args: argparse.Namespace) -> list[Benchmark]:
     return [benchmark(name) for name in dict.fromkeys(args.benchmark)]
 
 
-def _folder(data: str) -> Path:
+def _folder(data: str | None) -> Path:
     """The folder itself, or that of a hub id."""
-    folder = Path(data).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists():
+    if not data:
+        raise UserError("--data: expected the benchmark's folder or a hub id, got nothing")
+    try:
+        folder = Path(data).expanduser()
+        if folder.is_dir():
+            return folder
+        is_file = folder.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, a ~user unknown here, a NUL
+        raise UserError(f"--data: expected a folder: {errors.one_line(error)}") from None
+    if is_file:
         raise UserError(f"--data: expected a folder, got the file {data}; pass the folder it is in")
     if data.count("/") != 1 or data.startswith((".", "/", "~")):
         raise UserError(
@@ -107,99 +119,25 @@ def _folder(data: str) -> Path:
 
 
 def _evaluate(
-    one: Benchmark,
-    items: Sequence[Item],
-    problems: Sequence[str],
-    model: Any,
-    settings: Settings,
-    out: Path,
-    args: argparse.Namespace,
-    argv: list[str] | None,
+    one: Benchmark, items: Sequence[Item], out: result.Out, settings: Settings, everything: bool
 ) -> None:
-    stem = out / f"{one.name}-{model.about['name']}"
-    result_file, answer_file = (stem.with_name(stem.name + end) for end in (".json", ".jsonl"))
-    begun = {
-        "benchmark": one.name,
-        "items": digest(items),
-        "model": dict(model.about),
-        "settings": {
-            "limit": settings.limit,
-            "seed": settings.seed,
-            "prompt": settings.prompt or one.prompt,
-            "max_tokens": settings.max_tokens or one.max_tokens,
-            "text_tokens": settings.max_tokens or one.text_tokens or one.max_tokens,
-            "decoding": "greedy",
-            "batch_size": settings.batch_size,
-            "boots": settings.boots,
-        },
-    }
-    fresh = args.fresh or not _goes_on(result_file, answer_file, begun)
-    start = time.perf_counter()
-    with AnswerFile(answer_file, fresh) as answers:
-        before = len(answers.rows)
-        if before:
-            print(f"{one.name}: {before} of {len(items)} items answered before, kept")
-        files.write_json(result_file, {**begun, "finished": None})
-        bar = _Progress(one.name, before)
-        run = Run(model, one, settings, answers, bar.show)
-        try:
-            run.ask(items)
-        except KeyboardInterrupt:
-            print(
-                f"\n{len(answers.rows)} of {len(items)} items are answered and kept; the same "
-                "command goes on from there",
-                file=sys.stderr,
-            )
-            raise
-        finally:
-            bar.end()
-        rows = [answers.rows[item.key] for item in items if item.key in answers.rows]
-    if not rows:
-        raise UserError(f"{one.name}: expected at least one item that can be asked, got none")
-    scored = scoring.score(one, rows, scoring.units(rows), settings.boots, settings.seed)
-    left_out = [*problems, *run.problems]
-    report = {
-        **begun,
-        "command": shlex.join(["agevlm", "evaluate", *(sys.argv[1:] if argv is None else argv)]),
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seconds": time.perf_counter() - start,
-        "answered_before": before,
-        "versions": versions(),
-        "machine": machine(),
-        "counts": {
-            "items": len(rows),
-            "images": len({row["image"] for row in rows} - {None}),
-            "units": len(scoring.units(rows)),
-            "bad": len(left_out),
-        },
-        "problems": left_out,
-        **scoring.report(scored),
-    }
-    print(table(report, one, args.all))
-    files.write_json(result_file, report)
-    print(f"written: {result_file}, {answer_file.name} ({len(rows)} answers)")
-
-
-def _goes_on(result_file: Path, answer_file: Path, begun: Mapping[str, Any]) -> bool:
-    """Whether the answers there are to the same questions by the same model.
-
-    ``UserError`` rather than the loss of a run of another kind that is not finished.
-    """
-    if not answer_file.is_file() or not answer_file.stat().st_size:
-        return False
+    bar = _Progress(one.name)
     try:
-        before = config.read_json(result_file)
-    except UserError:  # none, or a damaged one: nothing is known of the answers
-        return False
-    before = before if isinstance(before, dict) else {}
-    changed = [key for key in begun if before.get(key) != files.plain(begun[key])]
-    if changed and before and before.get("finished") is None:
-        raise UserError(
-            f"{answer_file}: expected the answers of the same evaluation, but {changed[0]} "
-            "differs from that of a run that was broken off here; finish it, pass --fresh to "
-            "drop its answers, or choose another --out"
-        )
-    return not changed
+        report = result.evaluate(one, items, settings, out, bar.show)
+    except KeyboardInterrupt:
+        bar.end()
+        kept = "what is answered is kept; the same command goes on from there"
+        print(f"\n{one.name}: {kept}", file=sys.stderr)
+        raise
+    finally:
+        bar.end()
+    if report["answered_before"]:
+        before, total = report["answered_before"], report["counts"]["items"]
+        print(f"{one.name}: {before} of {total} items were answered before")
+    print(table(report, one, everything))
+    print(
+        f"written: {out.result(one)}, {out.answers(one).name} ({report['counts']['items']} answers)"
+    )
 
 
 def _plan(
@@ -211,7 +149,7 @@ def _plan(
     asked = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
     first = items[0]
     prompt = first.prompt
-    if first.kind != "look":
+    if first.kind in prompted(items):
         prompt = (settings.prompt or one.prompt).replace("{question}", prompt)
     lines = [
         f"{one.name}: {len(items)} items ({asked}) about {len(images)} images, "
@@ -234,31 +172,41 @@ def _compare(args: argparse.Namespace) -> int:
     if a["benchmark"] not in benchmarks.NAMES:
         raise UserError(f"--compare: {a['benchmark']!r} is no benchmark of this version")
     one = benchmark(a["benchmark"])
-    found = compare.differences(one, first, second, seed=args.seed)
+    for path, found, rows in ((paths[0], a, first), (paths[1], b, second)):
+        compare.check(one, found, rows, path)
+    differences = compare.differences(one, first, second, seed=args.seed)
     common = len({row["key"] for row in first} & {row["key"] for row in second})
-    print(compare.table((str(paths[0]), str(paths[1])), found, common))
+    print(f"{one.name}: {common} items answered by both, of {len(first)} and {len(second)}")
+    for line in compare.unlike(a, b):
+        print(f"  not the same: {line}")
+    print(compare.table((str(paths[0]), str(paths[1])), differences))
     return 0
 
 
 class _Progress:
     """One line on a terminal: how many of how many, and how long it will take."""
 
-    def __init__(self, name: str, before: int) -> None:
-        self._name, self._before, self._start = name, before, time.perf_counter()
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._first: tuple[int, float] | None = None
         self._shown = False
 
     def show(self, done: int, total: int) -> None:
-        new = done - self._before
-        if not sys.stderr.isatty() or (new <= 0 and done < total):
+        now = time.perf_counter()
+        if self._first is None:
+            self._first = done, now
+        before, start = self._first
+        if not sys.stderr.isatty():
             return
-        left = (time.perf_counter() - self._start) / new * (total - done) if new > 0 else 0.0
-        text = f"{self._name}: {done} of {total}, {_duration(left)} left"
+        left = "" if done <= before else (now - start) / (done - before) * (total - done)
+        text = f"{self._name}: {done} of {total}" + (f", {_duration(left)} left" if left else "")
         print(f"\r{text:<60}", end="", file=sys.stderr, flush=True)
         self._shown = True
 
     def end(self) -> None:
         if self._shown:
             print(file=sys.stderr)
+        self._shown = False
 
 
 def _duration(seconds: float) -> str:
@@ -295,7 +243,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-tokens", type=int, help="of an answer (default: the benchmark's own)")
     add("--batch-size", type=int, default=50, help="images at once (default: 50)")
     add("--skip-bad", action="store_true", help="leave out and count what cannot be used")
-    add("--fresh", action="store_true", help="ask everything again")
+    add("--fresh", action="store_true", help="ask everything again, replace what is there")
     add("--dry-run", action="store_true", help="say what would be asked, and stop")
     add("--all", action="store_true", help="print every number, not only the main ones")
     add("--out", type=Path, default=Path("results"), help="folder to write (default: results)")

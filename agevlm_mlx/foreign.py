@@ -21,7 +21,7 @@ from . import foreign_inside as inside
 from .config import read_json
 from .data.image import Geometry, Preprocessor, load_image
 from .errors import UserError, one_line
-from .evaluation.respondent import Looked, Request
+from .evaluation.respondent import Looked, Request, model_name
 from .hub import download
 from .weights import fingerprint
 
@@ -85,7 +85,7 @@ class Foreign:
         parameters: Mapping[str, Any] = dict(tree_flatten(self.model.parameters()))
         self.about: Mapping[str, Any] = {
             "path": str(source),
-            "name": folder.resolve().name,
+            "name": model_name(folder),
             "fingerprint": fingerprint(folder),
             "fusion": f"mlx-vlm {self.model.config.model_type}",
             "parameters": sum(value.size for value in parameters.values()),
@@ -110,15 +110,21 @@ class Foreign:
         generate = _mlx_vlm().generate
         for n, request in enumerate(requests):
             image = self._image(request)
-            result = generate(
-                self.model,
-                self.processor,
-                self._prompt(request.prompt, image is not None),
-                None if image is None else [image],
-                max_tokens=max_tokens,
-                temperature=0.0,
-                skip_special_tokens=True,
-            )
+            prompt = self._prompt(request.prompt, image is not None)
+            try:
+                result = generate(
+                    self.model,
+                    self.processor,
+                    prompt,
+                    None if image is None else [image],
+                    max_tokens=max_tokens,
+                    temperature=0.0,
+                    skip_special_tokens=True,
+                )
+            except Exception as error:  # of whichever processor, as in `_prepare`
+                raise UserError(
+                    f"{self.about['path']}: mlx-vlm cannot answer: {one_line(error)}"
+                ) from None
             yield n, result.text.strip()
 
     def options(
@@ -252,10 +258,7 @@ class Foreign:
 
     def _embedded(self, inputs: Mapping[str, Any]) -> tuple[mx.array, dict[str, Any]]:
         """ids [1 T], and what the language model is given with them; the image is in it."""
-        language_model, given = self.model.language_model, dict(inputs)
-        for name in ("_position_ids", "_rope_deltas"):  # left there by the pass before
-            if hasattr(language_model, name):
-                setattr(language_model, name, None)
+        given = dict(inputs)
         ids, pixels = given.pop("input_ids"), given.pop("pixel_values", None)
         given.pop("attention_mask", None)  # one sequence, nothing is padding
         embedded = self.model.get_input_embeddings(ids, pixels, mask=mx.ones_like(ids), **given)

@@ -62,7 +62,10 @@ class AgeVLM(lmms):
         # Requests of several tasks come together; those asked alike are answered together.
         for sampling, group in groupby(requests, key=lambda one: _sampling(one.args[1])):
             for part in self._parts(list(group), "Answering"):
-                asked = [self._question(*one.args[:1], *one.args[2:6]) for one in part]
+                asked = []
+                for one in part:
+                    context, _, *where = one.args
+                    asked.append(self._question(context, *where))
                 said = batch_generate(
                     self.loaded.model,
                     self.loaded.tokenizer,

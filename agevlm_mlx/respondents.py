@@ -13,7 +13,7 @@ from . import config, hub, weights
 from .data.image import load_image
 from .errors import UserError
 from .evaluation.asking import Asker
-from .evaluation.respondent import Looked, Request, Respondent
+from .evaluation.respondent import Looked, Request, Respondent, model_name
 from .generation import batch_answers
 from .image_store import ImageStore, Sight
 from .prompts import as_turns, read
@@ -198,7 +198,7 @@ def about(loaded: weights.Loaded) -> Mapping[str, Any]:
     parameters = dict(tree_flatten(loaded.model.parameters()))
     return {
         "path": str(loaded.path),
-        "name": loaded.path.resolve().name,
+        "name": model_name(loaded.path),
         "fingerprint": weights.fingerprint(loaded.path),
         "fusion": loaded.model.fusion,
         "parameters": sum(value.size for value in parameters.values()),

@@ -329,5 +329,7 @@ def fingerprint(folder: Path) -> str:
     """sha256 (first 16 hex digits) over a checkpoint's config and weights."""
     digest = hashlib.sha256()
     for path in sorted([folder / "config.json", *folder.glob("model*.safetensors")]):
-        digest.update(path.read_bytes())
+        with open(path, "rb") as file:
+            while part := file.read(1 << 24):
+                digest.update(part)
     return digest.hexdigest()[:16]

@@ -121,12 +121,47 @@ def test_what_is_answered_is_not_asked_again(command, tmp_path, capsys, monkeypa
             patch.setattr(respondents.Ours, name, refuse)
         assert main(command) == 0
     items = first["counts"]["items"]
-    assert f"scenes: {items} of {items} items answered before, kept" in capsys.readouterr().out
+    assert f"scenes: {items} of {items} items were answered before" in capsys.readouterr().out
     assert (tmp_path / "results" / "scenes-mine.jsonl").read_bytes() == before
     assert result(tmp_path)["metrics"] == first["metrics"]
-    # A finished result makes room for one of other settings.
-    assert main([*command, "--limit", "3"]) == 0
+    # Neither a finished result nor its answers make room for one of other settings by themselves.
+    assert main([*command, "--limit", "3"]) == 2
+    assert "to other questions or about other pictures; --fresh replaces" in capsys.readouterr().err
+    assert (tmp_path / "results" / "scenes-mine.jsonl").read_bytes() == before
+    assert main([*command, "--limit", "3", "--fresh"]) == 0
     assert result(tmp_path)["counts"]["images"] == 3
+
+
+def test_kept_answers_are_scored_by_the_labels_of_today(command, data, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(data, copy)
+    command[command.index("--data") + 1] = str(copy)
+    assert main(command) == 0
+    before = result(tmp_path)["metrics"]["text"]["pope"]["random"]
+    lines = [json.loads(line) for line in (copy / "pope_random.json").read_text().splitlines()]
+    for line in lines:
+        line["label"] = "yes"
+    (copy / "pope_random.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main(command) == 0
+    now = result(tmp_path)["metrics"]["text"]["pope"]["random"]
+    assert before["accuracy"] == 0.5  # the model always says the same
+    assert now["accuracy"] == now["yes_ratio"] == before["yes_ratio"] != 0.5
+    path = str(tmp_path / "results" / "scenes-mine.json")
+    assert main(["--compare", path, path]) == 0  # the file says what the numbers are made of
+
+
+def test_answers_of_which_nothing_is_known_are_not_dropped(command, tmp_path, capsys):
+    assert main(command) == 0
+    (tmp_path / "results" / "scenes-mine.json").unlink()
+    assert main(command) == 2
+    assert "answers without a readable scenes-mine.json" in capsys.readouterr().err
+
+
+def test_all_benchmarks_are_read_before_the_first_is_asked(command, tmp_path, capsys):
+    command[command.index("--benchmark") + 1] = "scenes,mme"
+    assert main(command) == 2
+    assert "MME" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.jsonl"))
 
 
 def broken_off(command: list[str], monkeypatch: pytest.MonkeyPatch, after: int = 20) -> None:
@@ -167,10 +202,24 @@ def test_a_run_of_another_kind_does_not_drop_one_that_was_broken_off(
     capsys.readouterr()
     assert main([*command, "--prompt", "{question} Yes or no?"]) == 2
     error = capsys.readouterr().err
-    assert "settings differs from that of a run that was broken off here" in error
+    assert "with prompt '{question}', now '{question} Yes or no?'; --fresh replaces them" in error
     assert (tmp_path / "results" / "scenes-mine.jsonl").read_bytes() == kept
     assert main([*command, "--prompt", "{question} Yes or no?", "--fresh"]) == 0
     assert result(tmp_path)["settings"]["prompt"] == "{question} Yes or no?"
+
+
+def test_another_model_of_the_same_name_replaces_no_result(command, model, tmp_path, capsys):
+    assert main(command) == 0
+    before = (tmp_path / "results" / "scenes-mine.json").read_bytes()
+    again = tmp_path / "again" / "mine"
+    shutil.copytree(model, again)
+    config = json.loads((again / "config.json").read_text())
+    (again / "config.json").write_text(json.dumps(config, indent=7))  # another fingerprint
+    command[command.index("--model") + 1] = str(again)
+    assert main(command) == 2
+    assert "are by another model, or the same before it changed" in capsys.readouterr().err
+    assert (tmp_path / "results" / "scenes-mine.json").read_bytes() == before
+    assert main([*command, "--fresh"]) == 0
 
 
 def test_two_results_are_compared(command, model, tmp_path, capsys):
@@ -246,6 +295,11 @@ def test_every_benchmark_is_listed_in_the_help(capsys):
         (("--limit", "-3"), "--limit"),
         (("--prompt", "Yes or no?"), "--prompt: expected '{question}'"),
         (("--batch-size", "1"), "--batch-size"),
+        (("--data", ""), "--data: expected the benchmark's folder"),
+        (("--data", "~nosuchuser/x"), "--data: expected a folder"),
+        (("--data", "x" * 300), "--data: expected a folder"),
+        (("--out", "x" * 300), "cannot make this folder"),
+        (("--compare", "a", "b", "--seed", "-1"), "--seed: expected 0"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_no_result(change, message, command, tmp_path, capsys):

@@ -36,6 +36,8 @@ from mlx_vlm.utils import load as load_theirs  # noqa: E402
 pytestmark = pytest.mark.parity
 
 QUESTION = "Is there a red cat in the image?"
+#: Two tokens of it.
+WORDS = (" red", " cat")
 #: As LLaVA's: the image's token, then the words.
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ':' }}"
@@ -278,12 +280,22 @@ def test_looks_of_a_phrase(model: Foreign, pictures: list[Path]):
         assert looked.null is None
         with Image.open(path) as image:
             assert (looked.geometry.width, looked.geometry.height) == image.size
-        # By hand: the softmax of the last layer's queries and keys at the phrase's last word,
-        # and of its other words from the end of the first on.
         share = looked.attention.sum((2, 3))
         assert (share > 0).all()
         assert (share < 1).all()
         assert looked.attention.shape[:2] == (3, 4)
+        # The same from every position's attention over everything.
+        ids, given = model._embedded(model._inputs(Request(path, QUESTION)))
+        tokens: Any = ids[0].tolist()
+        with inside.attention_rows(model.model.language_model, range(len(tokens))) as rows:
+            model._read(ids, given)
+        everything = np.stack([np.array(row) for row in rows])  # L T N T
+        np.testing.assert_allclose(everything.sum(-1), 1, atol=1e-5)
+        assert not np.triu(everything.max((0, 2)), 1).any()
+        words = [n for n in range(len(tokens)) if model.tokenizer.decode(tokens[n]) in WORDS]
+        seen = [n for n, token in enumerate(tokens) if token == model.processor.image_token_id]
+        wanted = everything[:, words][..., seen].mean(1)
+        np.testing.assert_allclose(looked.attention.reshape(wanted.shape), wanted, atol=1e-6)
     grids = [looked.attention.shape[2:] for looked in looks if looked]
     square = model.model.config.model_type == "llava"
     assert grids == ([(4, 4), (4, 4)] if square else [(5, 5), (4, 8)])
@@ -297,6 +309,12 @@ def test_a_phrase_is_found_from_the_end_of_its_first_word(model: Foreign):
     assert before.endswith("red")
     assert places == list(range(places[0], places[-1] + 1))
     assert model._phrase(ids, 2, "re") == []
+    pieces = [len(model.tokenizer.encode(word)) for word in (" zebra", " cat")]
+    assert pieces[0] > 1
+    ids = model.tokenizer.encode("a zebra cat is a zebra cat")
+    kept = range(pieces[0], pieces[0] + 1 + pieces[1])
+    assert model._phrase(ids, 0, "zebra cat") == list(kept)
+    assert len(model._phrase(ids, kept.stop, "zebra cat")) == len(kept)
 
 
 def test_states_begin_with_embeddings_and_end_in_the_logits(model: Foreign, pictures: list[Path]):

@@ -220,7 +220,7 @@ def heat_maps(
     """Rows of (measure, per model (layers' numbers, [[heads] * layers] or None)); the models of
     a row share their scale."""
     tallest = max(len(layers) for _, columns in rows for layers, _ in columns)
-    height = 0.45 + len(rows) * min(0.95 + 0.2 * tallest, 4.2)
+    height = 0.45 + len(rows) * min(1.1 + 0.2 * tallest, 4.2)
     with _figure(len(rows), len(titles), height) as (figure, axes):
         for r, (label, columns) in enumerate(rows):
             tables = [np.array(table, float) if table else None for _, table in columns]
@@ -229,7 +229,7 @@ def heat_maps(
             drawn = None
             for c, table in enumerate(tables):
                 ax = axes[r, c]
-                _title(ax, titles[c], f": {label}")
+                _title(ax, titles[c], f"\n{label}")
                 for spine in ax.spines.values():
                     spine.set_visible(False)
                 if table is None:

@@ -9,6 +9,7 @@ other images (distinct derangements of the sample), and its own with one noun ex
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -71,14 +72,14 @@ def measure(subject: Subject, examples: Sequence[Example], settings: Settings) -
     Returns JSON values: ``images``, ``others`` (K), ``hard`` (how many images have a hard
     negative), ``scores`` and ``layers``. ``scores[name]`` is ``{"random": separation, "hard":
     separation or None, "distribution"}``; ``layers[l]`` is ``{"raw": .., "centred": ..}`` of the
-    same for the cosines, l = 0 being the embedding. ``p_yes``: mean P(yes) of each kind of pair.
-    ``rows``: each image's captions and scores. ``problems``: "FILE: reason" of images that could
-    not be read.
+    same for the cosines, l = 0 being the embedding, and [] for a model that does not show its
+    states. ``p_yes``: mean P(yes) of each kind of pair. ``rows``: each image's captions and
+    scores. ``problems``: images that could not be read, with the reason.
     """
     table = partners(len(examples), settings.others, settings.seed)
     asked = [_captions(examples, n, row) for n, row in enumerate(table)]
     blind = _blind(subject, asked, settings)
-    seen: list[tuple[int, np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray]]] = []
+    seen: list[tuple[int, np.ndarray, np.ndarray, States | str]] = []
     problems: list[str] = []
     for start in range(0, len(examples), settings.batch_size):
         chunk = range(start, min(start + settings.batch_size, len(examples)))
@@ -91,7 +92,10 @@ def measure(subject: Subject, examples: Sequence[Example], settings: Settings) -
         raise UserError(
             f"expected at least 2 images that can be read, got {len(seen)}: {problems[0]}"
         )
-    numbers = [n for n, *_ in seen]
+    numbers, found = [n for n, *_ in seen], [one for *_, one in seen]
+    states = [one for one in found if not isinstance(one, str)]
+    silent = [one for one in found if isinstance(one, str)]
+    problems += silent[:1]
     width = 1 + table.shape[1] + 1
     scores = {name: np.full((len(seen), width), np.nan) for name in SCORES}
     for at, (n, log_p, yes, _) in enumerate(seen):
@@ -109,7 +113,7 @@ def measure(subject: Subject, examples: Sequence[Example], settings: Settings) -
         "prompt": settings.prompt,
         "question": settings.question,
         "scores": {name: _both(values, draws) for name, values in scores.items()},
-        "layers": _layers([states for *_, states in seen], asked, numbers, draws),
+        "layers": [] if silent else _layers(states, [asked[n] for n in numbers], draws),
         "p_yes": {name: mean(values, draws) for name, values in parts},
         "rows": [
             {
@@ -124,6 +128,8 @@ def measure(subject: Subject, examples: Sequence[Example], settings: Settings) -
 
 
 Captions = tuple[str | None, ...]
+#: Hidden states of the captions of an image, and of the image; see `Subject.states`.
+States = tuple[np.ndarray, np.ndarray]
 
 
 def _captions(examples: Sequence[Example], n: int, others: Sequence[int]) -> Captions:
@@ -168,7 +174,7 @@ def _chunk(
     asked: Sequence[Captions],
     images: Sequence[int],
     settings: Settings,
-) -> tuple[list[np.ndarray], list[np.ndarray], list[tuple[np.ndarray, np.ndarray]]]:
+) -> tuple[list[np.ndarray], list[np.ndarray], list[States | str]]:
     """Of each image shown: log-likelihoods, log-odds of yes, and (text, image) states."""
     if not images:
         return [], [], []
@@ -182,13 +188,21 @@ def _chunk(
     ]
     yes = _log_odds(subject.options(requests, [("yes", "no")] * len(requests)))
     ends = np.cumsum([len(row) for row in texts])[:-1]
-    states = []
-    for n in images:
-        text, image = subject.states(examples[n].image, _given(_few(asked[n])), settings.prompt)
-        if image is None:
-            raise ValueError(f"expected states of {examples[n].image}, got none")
-        states.append((text, image))
+    states = [
+        _states(subject, examples[n].image, _given(_few(asked[n])), settings.prompt) for n in images
+    ]
     return log_p, np.split(yes, ends), states
+
+
+def _states(subject: Subject, image: Path, texts: Sequence[str], prompt: str) -> States | str:
+    """(text, image) states, or the reason why a model does not show them."""
+    try:
+        text, seen = subject.states(image, texts, prompt)
+    except UserError as error:
+        return str(error)
+    if seen is None:
+        return "its image tokens cannot be told from the text's, so their states are not known"
+    return text, seen
 
 
 def _few(captions: Captions) -> Captions:
@@ -213,14 +227,11 @@ def _both(values: np.ndarray, draws: metrics.Weights) -> dict[str, Any]:
 
 
 def _layers(
-    states: Sequence[tuple[np.ndarray, np.ndarray]],
-    asked: Sequence[Captions],
-    numbers: Sequence[int],
-    draws: metrics.Weights,
+    states: Sequence[States], asked: Sequence[Captions], draws: metrics.Weights
 ) -> list[dict[str, Any]]:
     """Cosines at each layer; centred ones with the layer's mean taken off texts and images."""
     images = np.stack([image for _, image in states])  # n layers D
-    known = [[text is not None for text in _few(asked[n])] for n in numbers]
+    known = [[text is not None for text in _few(row)] for row in asked]
     texts = np.full((len(states), len(known[0]), *images.shape[1:]), np.nan, np.float32)
     for at, (text, _) in enumerate(states):
         texts[at, known[at]] = text

@@ -209,8 +209,8 @@ def _limits(models: Sequence[Model]) -> list[str]:
     if len({str(model.data["about"].get("fusion")) for model in models}) > 1:
         lines.append(
             "The state of an image is not the same thing in the two fusions (see <i>Layer by "
-            "layer</i>), nor is attention: for concat it is self-attention in all layers, for "
-            "cross its cross-attention only."
+            "layer</i>), nor is attention: it is self-attention of all layers where the image is a "
+            "part of the sequence, else cross-attention only."
         )
     return lines
 

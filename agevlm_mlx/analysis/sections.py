@@ -21,11 +21,7 @@ from .figures import Bar
 _SCROLL = '<div class="scroll" tabindex="0" role="group" aria-label="can be scrolled">'
 #: Side of a picture on the page, in pixels, and how many maps of one are shown.
 SIDE, TILES = 168, 4
-_SHOWN = {
-    "log_p": "log p(caption | image), mean per token",
-    "pmi": "PMI: the same less log p(caption | no image)",
-    "yes": "log P(yes) / P(no), asked whether it describes the image",
-}
+_SHOWN = {"log_p": "log p(caption | image)", "pmi": "PMI", "yes": "log P(yes) / P(no)"}
 _METRICS = (
     ("auroc", "AUROC", "0.5"),
     ("win_rate", "wins in pairs", "0.5"),
@@ -196,8 +192,8 @@ _ROWS: dict[str, tuple[str, Callable[[Mapping[str, Any]], Any]]] = {
     "pmi": ("PMI", lambda part: part["scores"]["pmi"]),
     "yes": ("yes", lambda part: part["scores"]["yes"]),
     "yes_pmi": ("yes, less that without image", lambda part: part["scores"]["yes_pmi"]),
-    "raw": ("cosine after the last layer, raw", lambda part: part["layers"][-1]["raw"]),
-    "centred": ("cosine after the last layer, centred", lambda part: part["layers"][-1]["centred"]),
+    "raw": ("cosine after the last layer, raw", lambda part: _last(part, "raw")),
+    "centred": ("cosine after the last layer, centred", lambda part: _last(part, "centred")),
     "log_p_blind": ("log p, no image", lambda part: part["scores"]["log_p_blind"]),
     "yes_blind": ("yes, no image", lambda part: part["scores"]["yes_blind"]),
 }
@@ -205,6 +201,14 @@ _PAIRS = (
     ("random", "against other pictures' captions"),
     ("hard", "against its own with one noun exchanged"),
 )
+
+
+def _last(part: Mapping[str, Any], way: str) -> Any:
+    return part["layers"][-1][way] if part["layers"] else None
+
+
+def _cell_of(found: Any, kind: str, metric: str) -> str:
+    return cell(found[kind][metric] if found else None)
 
 
 def _style(name: str) -> str:
@@ -217,7 +221,9 @@ def _aurocs(models: Sequence[Model], kinds: Sequence[tuple[str, str]]) -> str:
     rows = []
     for name, (title, of) in _ROWS.items():
         cells = "".join(
-            cell(of(model.data["matching"])[kind]["auroc"]) for kind, _ in kinds for model in models
+            _cell_of(of(model.data["matching"]), kind, "auroc")
+            for kind, _ in kinds
+            for model in models
         )
         rows.append(f'<tr{_style(name)}><th scope="row">{title}</th>{cells}</tr>')
     half = "<td>0.5</td>" * len(kinds) * len(models)
@@ -234,8 +240,8 @@ def _separations(models: Sequence[Model], kinds: Sequence[tuple[str, str]]) -> s
         rows.append(f'<tr class="section"><th colspan="{len(head)}">{title}</th></tr>')
         for name, (label, of) in _ROWS.items():
             for model in models:
-                found = of(model.data["matching"])[kind]
-                cells = "".join(cell(found[metric]) for metric, *_ in _METRICS)
+                found = of(model.data["matching"])
+                cells = "".join(_cell_of(found, kind, metric) for metric, *_ in _METRICS)
                 rows.append(
                     f'<tr{_style(name)}><th scope="row">{label}</th><td>{chip(model)}</td>'
                     f"{cells}</tr>"
@@ -251,6 +257,9 @@ def _folded(title: str, html: str) -> str:
 
 
 def _by_layer(models: Sequence[Model]) -> str:
+    models = [model for model in models if model.data["matching"]["layers"]]
+    if not models:
+        return ""
     layers = [model.data["matching"]["layers"] for model in models]
     hard = all(rows[0]["raw"]["hard"] for rows in layers)
     panels = [
@@ -264,11 +273,12 @@ def _by_layer(models: Sequence[Model]) -> str:
         (f"cosine, {way}", [[row[way]["distribution"] for row in rows] for rows in layers])
         for way in ("raw", "centred")
     ]
-    fusions = {str(model.data["about"].get("fusion")) for model in models}
+    # What mlx-vlm loads puts the image in front of the text, as concat does.
+    fusions = {"cross" if m.data["about"].get("fusion") == "cross" else "concat" for m in models}
     what = {
-        "concat": "With <b>concat</b> the state of an image is the mean over its tokens in the "
-        "sequence.",
-        "cross": "With <b>cross-attention</b> the image is not in the text's stream; its state is "
+        "concat": "Where the image is a part of the sequence, its state is the mean over its "
+        "tokens.",
+        "cross": "With <b>cross-attention</b> it is not in the text's stream; its state is "
         "what a layer's cross-attention would write if it looked evenly at the whole image. It "
         "need not point where the words are: values far below one half tell pairs apart as well, "
         "the other way round.",
@@ -331,9 +341,9 @@ def _heads(models: Sequence[Model]) -> str:
     titles = [(model.name, model.n) for model in models]
     rows = []
     for name, title in (
-        ("energy", "inside the thing, of the attention on the image"),
+        ("energy", "attention inside the thing"),
         ("hit", "pointing game"),
-        ("on_image", "share of all attention on the image"),
+        ("on_image", "share on the image"),
     ):
         columns = [
             (m.data["attention"]["layers"], m.data["attention"]["measures"][name]["by_head"])
@@ -353,9 +363,9 @@ def _heads(models: Sequence[Model]) -> str:
             )
         if sinks:
             line += (
-                f" On average the strongest cell holds {percent({'value': sinks['share']})} % of "
-                f"the attention on the image, always the same cell for all phrases and pictures "
-                f"(even attention: {100 * sinks['even']:.1f} %)."
+                " The cell that gets most whatever is asked holds "
+                f"{100 * sinks['share']:.1f} % of the attention on the image (even attention: "
+                f"{100 * sinks['even']:.1f} %)."
             )
         lines.append(f"<li>{line}</li>")
     return (

@@ -47,7 +47,7 @@ def read(source: Source) -> list[Item]:
     told_apart = {item.unit: item for item in _matching(folder)}
     items: list[Item] = []
     for scene in folder.items:
-        items += _pope(scene, source)
+        items += _pope(scene)
         items += [told_apart[scene.name]] if scene.name in told_apart else []
         about = {"task": "caption", "objects": sorted(scene.objects), "nouns": [*folder.themes]}
         key = f"caption:{scene.name}"
@@ -60,26 +60,18 @@ def _item(scene: SceneItem, key: str, prompt: str, **rest: Any) -> Item:
     return Item(key=key, unit=scene.name, image=scene.path, prompt=prompt, **rest)
 
 
-def _pope(scene: SceneItem, source: Source) -> Iterator[Item]:
-    """The questions; one that stands in several splits is asked once."""
-    asked: dict[str, list[tuple[str, Question]]] = {}
+def _pope(scene: SceneItem) -> Iterator[Item]:
+    """The questions of each split; what stands in several is asked once all the same."""
     for split in POPE_SPLITS:
         for question in scene.questions[split]:
-            asked.setdefault(question.text, []).append((split, question))
-    for text, places in asked.items():
-        first = places[0][1]
-        other = next((q for _, q in places if q.label != first.label), None)
-        if other is not None:
-            source.bad(other.where, f"expected the answer of {first.where} to {text!r}, got both")
-            continue
-        yield _item(
-            scene,
-            first.where,
-            text,
-            label=first.label,
-            options=yes_no.OPTIONS,
-            about={"task": "pope", "splits": list(dict.fromkeys(split for split, _ in places))},
-        )
+            yield _item(
+                scene,
+                question.where,
+                question.text,
+                label=question.label,
+                options=yes_no.OPTIONS,
+                about={"task": "pope", "split": split},
+            )
 
 
 def _matching(folder: SceneFolder) -> Iterator[Item]:
@@ -125,7 +117,7 @@ def _looks(scene: SceneItem, nouns: metrics.NounVocabulary) -> Iterator[Item]:
 def score(given: Sequence[Given], scores: Scores) -> None:
     """Every score of the tasks that were answered."""
     for split in POPE_SPLITS:
-        if mine := [g for g in _of(given, "pope") if split in g.item.about["splits"]]:
+        if mine := [g for g in _of(given, "pope") if g.item.about["split"] == split]:
             yes_no.score(f"pope.{split}", mine, scores)
     if mine := [g for g in _of(given, "matching") if g.scores]:
         _score_matching(mine, scores)

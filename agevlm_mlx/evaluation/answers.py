@@ -3,30 +3,32 @@
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from ..errors import UserError
+from .benchmark import Kind
 from .files import plain
 
 Row = dict[str, Any]
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The answers of a file; a last line that a crash cut off is left out.
+    """The answers of a file; a last line that was cut off is left out.
 
-    ``UserError`` for any other line that is no answer.
+    ``UserError`` for any other line that is no answer, and for a file that cannot be read.
     """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     rows: list[Row] = []
-    for number, line in enumerate(_lines(path), 1):
+    for number, line in enumerate(data.split(b"\n")[:-1], 1):
         try:
             row = json.loads(line)
-            if not isinstance(row, dict) or not isinstance(row.get("key"), str):
-                raise ValueError
+            _check(row)
         except (ValueError, RecursionError):
-            if not line.endswith("\n"):
-                break
             raise UserError(
                 f"{path}:{number}: expected an answer of `agevlm evaluate`, got {line[:60]!r}; "
                 "remove the file, or pass --fresh"
@@ -35,12 +37,25 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def _lines(path: Path) -> Iterator[str]:
-    try:
-        with open(path, encoding="utf-8", newline="\n") as file:
-            yield from file
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: expected UTF-8 text: {error.reason}; pass --fresh") from None
+def _check(row: Any) -> None:
+    """``ValueError`` unless it is a row as `run` writes them."""
+    texts, kinds = ("key", "unit", "prompt", "label"), get_args(Kind)
+    good = isinstance(row, dict) and all(isinstance(row.get(name), str) for name in texts)
+    good = good and row.get("kind") in kinds and isinstance(row.get("about"), dict)
+    good = good and isinstance(row.get("image", 0), str | None) and _all(row.get("options"), str)
+    good = good and isinstance(row.get("look", {}), dict)
+    if not good:
+        raise ValueError
+    for way in ("", "blind_", "shuffled_"):
+        scores = row.get(f"{way}scores", [])
+        if not _all(scores, float, int) or len(scores) not in (0, len(row["options"])):
+            raise ValueError
+        if not isinstance(row.get(f"{way}answer"), str | None):
+            raise ValueError
+
+
+def _all(value: Any, *kinds: type) -> bool:
+    return isinstance(value, list) and all(isinstance(one, kinds) for one in value)
 
 
 class AnswerFile:
@@ -52,13 +67,16 @@ class AnswerFile:
     def __init__(self, path: Path, fresh: bool = False) -> None:
         self.path = path
         self.rows: dict[str, Row] = {}
-        self._file = open(path, "a+b")  # noqa: SIM115
+        try:
+            self._file = open(path, "a+b")  # noqa: SIM115
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written: {error.strerror}") from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if fresh:
                 self._file.truncate(0)
-            self.rows = {row["key"]: row for row in read_rows(path)}
             self._drop_half_a_line()
+            self.rows = {row["key"]: row for row in read_rows(path)}
         except BlockingIOError:
             self._file.close()
             raise UserError(

@@ -142,9 +142,9 @@ class Asker:
         self, ids: np.ndarray, cache: list[Any], last: Sequence[int], tokens: Sequence[int]
     ) -> np.ndarray:
         """f32[B tokens], after the position `last` of each row."""
-        logits = self.model.last_logits(mx.array(ids), cache, mx.array(last))[:, 0]
+        logits = self.model.last_logits(mx.array(ids), cache, mx.array(list(last)))[:, 0]
         logits = logits.astype(mx.float32)
-        log_p = logits[:, mx.array(tokens)] - mx.logsumexp(logits, -1, keepdims=True)
+        log_p = logits[:, mx.array(list(tokens))] - mx.logsumexp(logits, -1, keepdims=True)
         return np.array(log_p)
 
     def margins(

@@ -174,8 +174,10 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
         *parents, last = name.split(".")
         inner = table
         for key in parents:
+            # Some names come from data: one may be a table's and a value's.
+            key = key if isinstance(inner.get(key, {}), dict) else f"{key}_"
             inner = inner.setdefault(key, {})
-        inner[last] = value
+        inner[last if not isinstance(inner.get(last), dict) else f"{last}_"] = value
     return table
 
 

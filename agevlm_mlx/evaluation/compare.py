@@ -11,7 +11,10 @@ from .. import config
 from ..errors import UserError
 from . import metrics, scoring
 from .answers import Row, read_rows
-from .benchmark import Benchmark
+from .benchmark import Benchmark, flatten
+
+#: What two rows have to share to be answers to the same.
+_SAME = ("kind", "prompt", "label", "options", "unit", "about")
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,38 @@ def read_result(path: Path) -> tuple[dict[str, Any], list[Row]]:
     answers = path.with_suffix(".jsonl")
     if not answers.is_file():
         raise UserError(f"{path}: expected its answers beside it, in {answers.name}")
-    return result, read_rows(answers)
+    rows = read_rows(answers)
+    counts = result.get("counts")
+    items = counts.get("items") if isinstance(counts, dict) else None
+    if items != len(rows):
+        raise UserError(
+            f"{answers}: expected {items} answers, as {path.name} says, got {len(rows)}"
+        )
+    return result, rows
+
+
+def check(benchmark: Benchmark, result: Mapping[str, Any], rows: Sequence[Row], path: Path) -> None:
+    """``UserError`` unless the answers have the numbers of the result."""
+    told = flatten(result["metrics"])
+    scored = scoring.score(benchmark, rows, scoring.units(rows), 1, 0)
+    found = flatten(scoring.report(scored)["metrics"])
+    for name, value in told.items():
+        now = found.get(name, np.nan)
+        if value is not None and not np.isclose(now, value, atol=1e-5, equal_nan=True):
+            raise UserError(
+                f"{path}: expected answers with {name} {value:.4f}, as it says, got {now:.4f}; "
+                "they are of another run, or were scored by another version"
+            )
+
+
+def unlike(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+    """The settings that two results do not share, for a person."""
+    a, b = first["settings"], second["settings"]
+    return [
+        f"{name}: {a.get(name)!r} and {b.get(name)!r}"
+        for name in dict.fromkeys((*a, *b))
+        if a.get(name) != b.get(name)
+    ]
 
 
 def differences(
@@ -58,10 +92,11 @@ def differences(
     if not pairs:
         raise UserError("--compare: expected answers to the same items, got none in common")
     for a, b in pairs:
-        if (a["label"], a["prompt"], a["unit"]) != (b["label"], b["prompt"], b["unit"]):
+        other = next((name for name in _SAME if a[name] != b[name]), None)
+        if other is not None:
             raise UserError(
-                f"--compare: expected the same question behind {a['key']}, got {a['prompt']!r} "
-                f"({a['label']!r}) and {b['prompt']!r} ({b['label']!r})"
+                f"--compare: expected the same {other} of {a['key']}, got {str(a[other])[:60]!r} "
+                f"and {str(b[other])[:60]!r}; the data differ"
             )
     sides = [list(side) for side in zip(*pairs, strict=True)]
     units = scoring.units(sides[0])
@@ -82,11 +117,11 @@ def differences(
     return found
 
 
-def table(names: tuple[str, str], found: Mapping[str, Difference], items: int) -> str:
+def table(names: tuple[str, str], found: Mapping[str, Difference]) -> str:
     """The differences for a terminal; a star marks those whose interval leaves out zero."""
     width = max(map(len, found), default=0) + 2
-    lines = [f"{items} items answered by both; difference = first - second, * = beyond chance"]
-    lines.append(f"  first:  {names[0]}\n  second: {names[1]}")
+    lines = ["difference = first - second; * its interval leaves out zero"]
+    lines += [f"  first:  {names[0]}", f"  second: {names[1]}"]
     lines.append(f"  {'':<{width}}{'first':>10}{'second':>10}{'difference':>13}")
     for name, one in found.items():
         line = f"  {name:<{width}}{one.first:>10.3f}{one.second:>10.3f}{one.value:>+13.3f}"

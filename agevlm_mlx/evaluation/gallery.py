@@ -111,7 +111,7 @@ def _questions(rows: Mapping[str, Rows], question: str) -> list[Asked]:
     absent = [
         row["prompt"]
         for row in rows[first]["pope"]
-        if "adversarial" in row["about"]["splits"] and row["label"] == "no"
+        if row["about"]["split"] == "adversarial" and row["label"] == "no"
     ]
     asked = []
     for text in dict.fromkeys([question, *absent[:1]]):

@@ -62,3 +62,11 @@ class Respondent(Protocol):
     def look(self, requests: Sequence[Request], phrases: Sequence[str]) -> list[Looked | None]:
         """Where a phrase of each request's prompt looks; None for a model that cannot say."""
         ...
+
+
+def model_name(folder: Path) -> str:
+    """What result files are called after: the folder, or the repository in the hub's cache."""
+    folder = folder.resolve()
+    if folder.parent.name == "snapshots":
+        return folder.parent.parent.name.removeprefix("models--")
+    return folder.name

@@ -6,7 +6,7 @@ is bounded and a run that was broken off goes on where it stopped and ends with 
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -17,7 +17,6 @@ from ..errors import UserError
 from . import pointing
 from .answers import AnswerFile, Row
 from .benchmark import Benchmark, Item, Kind
-from .metrics import derangement
 from .respondent import Looked, Request, Respondent
 
 #: (items done, all items)
@@ -49,12 +48,21 @@ class Settings:
                 raise UserError(f"{flag}: expected at least {least}, got {value}")
         if not 0 <= self.seed < 2**31:
             raise UserError(f"--seed: expected 0 to 2^31 - 1, got {self.seed}")
+        if self.prompt is not None and any("\ud800" <= c <= "\udfff" for c in self.prompt):
+            raise UserError("--prompt: expected text, got bytes that are not UTF-8")
 
     def check_prompt(self, items: Sequence[Item]) -> None:
         """``UserError`` for a `prompt` that would ask the same of different questions."""
-        asked = {item.prompt for item in items if item.kind != "look"}
+        kinds = prompted(items)
+        asked = {item.prompt for item in items if item.kind in kinds}
         if self.prompt is not None and "{question}" not in self.prompt and len(asked) > 1:
             raise UserError(f"--prompt: expected '{{question}}' in it, got {self.prompt!r}")
+
+
+def prompted(items: Sequence[Item]) -> tuple[str, ...]:
+    """The kinds of items that a prompt is put around: questions with options, or captions where
+    there are no such questions. What a phrase is looked for in stays as it is."""
+    return ("choice",) if any(i.kind == "choice" for i in items) else ("text", "likelihood")
 
 
 def sample(items: Sequence[Item], settings: Settings) -> list[Item]:
@@ -68,31 +76,61 @@ def sample(items: Sequence[Item], settings: Settings) -> list[Item]:
 
 
 def digest(items: Sequence[Item]) -> str:
-    """A fingerprint of what is asked and what is right; not of the pictures themselves."""
+    """A fingerprint of what is asked: every prompt with its options, and every picture by its name
+    and size. What is right is not in it: kept answers are scored by the truth of today."""
     told = hashlib.sha256()
+    sizes: dict[Path | None, int] = {None: 0}
     for item in items:
-        about = (item.key, item.unit, item.kind, item.prompt, item.label, item.options, item.phrase)
-        told.update(repr(about).encode())
+        if item.image not in sizes and item.image is not None:
+            sizes[item.image] = item.image.stat().st_size if item.image.is_file() else -1
+        image = (item.image.name if item.image else "", sizes[item.image])
+        asked = (item.key, item.kind, item.prompt, item.options, item.phrase, image)
+        told.update(repr(asked).encode())
     return told.hexdigest()[:16]
 
 
 def chunks(items: Sequence[Item], images: int) -> Iterator[list[Item]]:
-    """The items of so many images at a time, in their order; last those about no image.
+    """The items of about so many images at a time, in their order; last those about no image.
 
-    No chunk has a single image if there are two, since each needs another one beside it.
+    The images of a unit stay together, and no chunk has a single unit if there are two, since
+    each needs another one beside it.
     """
+    by_unit: dict[str, list[Path]] = {}
     by_image: dict[Path | None, list[Item]] = {}
     for item in items:
+        if item.image is not None and item.image not in by_image:
+            by_unit.setdefault(item.unit, []).append(item.image)
         by_image.setdefault(item.image, []).append(item)
-    without = by_image.pop(None, [])
-    groups = list(by_image.values())
-    starts = list(range(0, len(groups), images))
-    if len(starts) > 1 and len(groups) - starts[-1] == 1:
-        starts.pop()  # the last image joins the chunk before
-    for start, end in zip(starts, [*starts[1:], len(groups)], strict=False):
-        yield [item for group in groups[start:end] for item in group]
+    made: list[list[list[Path]]] = [[]]
+    for unit in by_unit.values():
+        if len(made[-1]) > 1 and sum(map(len, made[-1])) >= images:
+            made.append([])
+        made[-1].append(unit)
+    if len(made) > 1 and len(made[-1]) == 1:
+        last = made.pop()
+        made[-1] += last
+    for units in made:
+        if units:
+            yield [item for unit in units for image in unit for item in by_image[image]]
+    without = by_image.get(None, [])
     for start in range(0, len(without), 8 * images):
         yield without[start : start + 8 * images]
+
+
+def partners(units: Mapping[Path, str], seed: Sequence[int]) -> dict[Path, Path]:
+    """For each image another one, of another unit, at random; none where there is none.
+
+    Within a unit another image may be the very counter-question (MMVP, Winoground).
+    """
+    groups: dict[str, list[Path]] = {}
+    for image, unit in units.items():
+        groups.setdefault(unit, []).append(image)
+    order = np.random.default_rng(list(seed)).permutation(len(groups))
+    listed = list(groups.values())
+    line = [image for n in order for image in listed[n]]
+    step = max(map(len, listed), default=0)
+    pairs = {image: line[(k + step) % len(line)] for k, image in enumerate(line)}
+    return {image: other for image, other in pairs.items() if units[image] != units[other]}
 
 
 @dataclass(eq=False)
@@ -122,24 +160,27 @@ Asked = tuple[Request, tuple[str, ...]]
 class Run:
     """One benchmark asked of one model.
 
-    problems: images that could not be read and were left out, with `skip_bad`.
+    folder: of the data, from which rows name their images. problems: images that could not be
+    read and were left out, with `skip_bad`.
     """
 
     respondent: Respondent
     benchmark: Benchmark
     settings: Settings
     answers: AnswerFile
+    folder: Path = Path()
     progress: Progress = lambda done, total: None
     problems: list[str] = field(default_factory=list)
     #: Answers without an image: the same questions recur.
     _blind: dict[tuple[str, Asked], Any] = field(default_factory=dict)
+    _prompted: tuple[str, ...] = ()
     _skipped: int = 0
     _total: int = 0
 
     def ask(self, items: Sequence[Item]) -> None:
         """Answer what has no answer yet. ``UserError`` for an image that cannot be read, unless
         bad ones are skipped; the answers so far are kept."""
-        self._total = len(items)
+        self._total, self._prompted = len(items), prompted(items)
         for number, chunk in enumerate(chunks(items, self.settings.batch_size)):
             waiting = [item for item in chunk if item.key not in self.answers.rows]
             if waiting:
@@ -159,17 +200,17 @@ class Run:
             if not self.settings.skip_bad:
                 raise UserError(f"{reason}; --skip-bad leaves its {lost} items out")
             self.problems.append(reason)
-        images = [image for image in images if image not in bad]
-        order = derangement(len(images), self.settings.seed + number) if len(images) > 1 else []
-        partner: dict[Path | None, Path] = {images[n]: images[k] for n, k in enumerate(order)}
+        units = {item.image: item.unit for item in reversed(chunk) if item.image is not None}
+        good = {image: units[image] for image in images if image not in bad}
+        partner: dict[Path | None, Path] = {**partners(good, (self.settings.seed, number))}
         asked = [
-            _Asked(item, self._prompt(item), partner.get(item.image), _begin(item))
+            _Asked(item, self._prompt(item), partner.get(item.image), begin_row(item, self.folder))
             for item in waiting
             if item.image not in bad
         ]
         for one in asked:
             if one.partner is not None:
-                one.row["shuffled_image"] = one.partner.name
+                one.row["shuffled_image"] = shown(one.partner, self.folder)
         by_kind = {kind: [one for one in asked if one.item.kind == kind] for kind in get_args(Kind)}
         self._look(by_kind["look"])
         self._score(by_kind["choice"], self.respondent.options)
@@ -183,7 +224,7 @@ class Run:
         self._say(by_kind["text"], self.settings.max_tokens or long)
 
     def _prompt(self, item: Item) -> str:
-        if item.kind == "look":  # the phrase is looked for as the benchmark puts it
+        if item.kind not in self._prompted:
             return item.prompt
         template = self.settings.prompt or self.benchmark.prompt
         return template.replace("{question}", item.prompt)
@@ -205,6 +246,13 @@ class Run:
         if places:
             found = ask([request for request, _ in places], [options for _, options in places])
             for wanted, scores in zip(list(places), found, strict=True):
+                if not np.isfinite(scores).all():
+                    name = self.respondent.about["path"]
+                    raise UserError(
+                        f"{name}: expected likelihoods, got {list(scores)} for "
+                        f"{wanted[0].prompt[:60]!r}; its weights are damaged, or its precision is "
+                        "too low"
+                    )
                 self._keep(places, wanted, list(scores), "scores")
 
     def _say(self, asked: Sequence[_Asked], max_tokens: int) -> None:
@@ -247,12 +295,12 @@ class Run:
         return [one for one, _ in places[asked]]
 
 
-def _begin(item: Item) -> Row:
-    """The part of a row that says what was asked; `scoring.as_item` reads it."""
+def begin_row(item: Item, folder: Path) -> Row:
+    """The part of a row that says what was asked and what is right; `scoring.as_item` reads it."""
     row: Row = {
         "key": item.key,
         "unit": item.unit,
-        "image": None if item.image is None else item.image.name,
+        "image": None if item.image is None else shown(item.image, folder),
         "kind": item.kind,
         "prompt": item.prompt,
         "label": item.label,
@@ -260,6 +308,11 @@ def _begin(item: Item) -> Row:
         "about": dict(item.about),
     }
     return row | ({"phrase": item.phrase} if item.phrase else {})
+
+
+def shown(image: Path, folder: Path) -> str:
+    """An image's name in its folder; one from a table goes by its hash."""
+    return image.relative_to(folder).as_posix() if image.is_relative_to(folder) else image.name
 
 
 def _measured(item: Item, looked: Looked) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """From kept answers to numbers: of the model, and of what has not seen the image."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,19 +67,31 @@ def constants(rows: Sequence[Row]) -> dict[str, list[Given]]:
 
 
 def majority(rows: Sequence[Row]) -> list[Given]:
-    """Every question answered by the commonest label among those in the same words (of the same
-    source and split, if there are any): what can be known without any image by one who knows the
-    answers, and so no fair opponent."""
+    """Every question answered by the commonest label among those in the same words, of the same
+    source and split; one that is asked about a single unit, by the commonest of its split.
+
+    The most that can be known without any image, by one who knows the labels.
+    """
     items = [as_item(row) for row in rows if row["kind"] == "choice" and row["options"]]
-    same = [
-        (item.prompt, str(item.about.get("source")), str(item.about.get("split"))) for item in items
-    ]
-    labels: dict[tuple[str, ...], Counter[str]] = {}
-    for key, item in zip(same, items, strict=True):
-        labels.setdefault(key, Counter())[item.label] += 1
-    return [
-        Given(item, labels[key].most_common(1)[0][0]) for key, item in zip(same, items, strict=True)
-    ]
+    labels: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
+    asked: dict[tuple[str, ...], set[str]] = defaultdict(set)
+    for item in items:
+        for key in _alike(item):
+            labels[key][item.label] += 1
+            asked[key].add(item.unit)
+    found = []
+    for item in items:
+        words, split = _alike(item)
+        same = labels[words] if len(asked[words]) > 1 else labels[split]
+        best = next((label for label, _ in same.most_common() if label in item.options), "")
+        found.append(Given(item, best))
+    return found
+
+
+def _alike(item: Item) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What questions have in common: source, split and words, or only the first two."""
+    split = (str(item.about.get("source")), str(item.about.get("split")))
+    return (*split, item.prompt), split
 
 
 def score(

@@ -192,7 +192,10 @@ class Source:
 
     def _written(self, data: bytes) -> Path:
         if self._temporary is None:
-            self._temporary = tempfile.TemporaryDirectory(prefix="agevlm-images-")
+            try:
+                self._temporary = tempfile.TemporaryDirectory(prefix="agevlm-images-")
+            except FileNotFoundError as error:  # none that can be written
+                raise UserError(f"TMPDIR: expected a folder for pictures: {error}") from None
         path = Path(self._temporary.name) / hashlib.sha256(data).hexdigest()
         if not path.exists():
             path.write_bytes(data)

@@ -38,7 +38,8 @@ def table(report: Mapping[str, Any], benchmark: Benchmark, everything: bool = Fa
         for name in shown:
             pair = report["intervals"].get(f"{way}.{name}")
             interval = f"   [{pair[0]:.3f}, {pair[1]:.3f}]" if pair else ""
-            line = f"  {name:<{width}}{_number(values[name])}{interval:<{_INTERVAL}}"
+            said = "".join(c if c.isprintable() else "?" for c in name)  # some come from files
+            line = f"  {said:<{width}}{_number(values[name])}{interval:<{_INTERVAL}}"
             for title, found in columns.items():
                 value = found.get(name)
                 cell = "" if value is None else f"{value:.3f}"
@@ -63,8 +64,10 @@ def _columns(
     if way != "look":
         constant = {key: flatten(found) for key, found in controls.get("constant", {}).items()}
         if constant:
-            # The best of them by the first number: always the same answer gets this for nothing.
-            best = max(constant, key=lambda key: constant[key].get(shown[0], 0.0))
+            # The best of them by the first number that any has: always the same answer gets this
+            # for nothing.
+            first = next((n for n in shown if any(n in c for c in constant.values())), "")
+            best = max(constant, key=lambda key: constant[key].get(first, 0.0))
             columns[f"always {best}"] = constant[best]
         columns["majority"] = flatten(controls.get("majority", {}))
     return {

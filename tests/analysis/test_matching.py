@@ -84,6 +84,9 @@ def test_the_interval_of_the_overlap_holds_the_overlap():
         found = separation.overlap(rng.normal(shift, 1, 30), rng.normal(0, 1, (30, 5)), draws)
         low, high = found["interval"]
         assert 0 <= low <= found["value"] <= high <= 1
+    same = rng.normal(0, 1, 30)
+    found = separation.overlap(same, np.roll(same, 1), draws)
+    assert found["value"] == found["interval"][1] == 1
 
 
 def test_scores_that_are_all_the_same_separate_nothing():
@@ -289,3 +292,17 @@ def test_settings_that_cannot_be_used_are_refused():
         matching.Settings(others=0)
     with pytest.raises(UserError, match=r"'\{caption\}' in it, got 'Is it'"):
         matching.Settings(question="Is it")
+
+
+@pytest.mark.parametrize("answer", [None, UserError("its layers cannot be listened to")])
+def test_a_subject_that_does_not_show_its_states_is_measured_all_the_same(answer, monkeypatch):
+    def states(self: Any, image: Any, texts: Sequence[str], prompt: str) -> Any:
+        if answer is not None:
+            raise answer
+        return np.zeros((len(texts), 2, 3), np.float32), None
+
+    monkeypatch.setattr(Scripted, "states", states)
+    found = matching.measure(Scripted(KNOWS), EXAMPLES, SETTINGS)
+    assert found["layers"] == []
+    assert len(found["problems"]) == 1
+    assert found["scores"]["log_p"]["random"]["auroc"]["value"] == 1

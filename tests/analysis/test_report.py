@@ -181,6 +181,16 @@ def test_a_model_that_shows_no_attention_says_so_beside_one_that_does(analysed, 
     assert "Where does it look?" not in headings
 
 
+def test_a_model_that_does_not_show_its_states(analysed):
+    result = analysed.result()
+    result["models"][0]["matching"]["layers"] = []
+    page = report.render(result, analysed.captions)
+    assert "Layer by layer" in page
+    assert not [s for s in report.sentences(result) if s.startswith("concat") and "cosine" in s]
+    del result["models"][1]
+    assert "Layer by layer" not in report.render(result, analysed.captions)
+
+
 def test_what_could_not_be_measured_leaves_a_dash(analysed):
     result = analysed.result()
     for model in result["models"]:
@@ -192,10 +202,12 @@ def test_what_could_not_be_measured_leaves_a_dash(analysed):
         model["matching"]["p_yes"]["hard"] = {"value": float("nan"), "interval": None}
         model["attention"]["measures"]["hit"]["best_head"] = None
         model["attention"]["sinks"] = None
+        model["causal"]["present"]["p_yes"]["mean colour"]["effect"] = {"value": None}
         model["causal"]["absent"] = {}
     said = text(report.render(result, analysed.captions))
     assert "nan" not in said.split()
     assert "one for a noun exchanged" not in said
+    assert "points of P(yes) lost" not in said
 
 
 def test_names_are_text_and_are_told_apart(analysed, no_figures):

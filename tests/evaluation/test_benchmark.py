@@ -126,9 +126,14 @@ def test_constants_answer_what_they_can():
 def test_majority_knows_the_labels_of_the_same_words():
     labels = [("Is it?", "no"), ("Is it?", "no"), ("Is it?", "yes"), ("Was it?", "yes")]
     rows = [row(str(n), prompt=p, label=label) for n, (p, label) in enumerate(labels)]
-    assert [g.answer for g in scoring.majority(rows)] == ["no", "no", "no", "yes"]
-    split = [r | {"about": {"split": "x" if n == 2 else "y"}} for n, r in enumerate(rows)]
+    # A question that is asked once would give its own label away: the split's commonest instead.
+    assert [g.answer for g in scoring.majority(rows)] == ["no", "no", "no", "no"]
+    split = [r | {"about": {"split": "x" if n > 1 else "y"}} for n, r in enumerate(rows)]
     assert [g.answer for g in scoring.majority(split)] == ["no", "no", "yes", "yes"]
+    one_unit = [r | {"unit": "u"} for r in rows[:2]] + rows[3:]
+    assert [g.answer for g in scoring.majority(one_unit)] == ["no"] * 3
+    letters = [*rows[:3], row("l", prompt="Which?", label="A", options=["A", "B"])]
+    assert scoring.majority(letters)[3].answer == "A"  # never an answer that is no option
 
 
 def test_an_item_comes_back_from_its_row():
@@ -136,3 +141,10 @@ def test_an_item_comes_back_from_its_row():
     again = scoring.as_item(first)
     assert (again.key, again.label, again.options) == ("a", "yes", ("yes", "no"))
     assert (again.phrase, again.about) == ("dog", {"split": "x"})
+
+
+def test_names_from_data_that_collide_are_kept_apart():
+    scores = Scores(["a"], boots=2)
+    for name in ("image", "image.aAcc", "image.aAcc.easy"):
+        scores.put(name, 1.0)
+    assert flatten(scores.nested()) == {"image": 1.0, "image_.aAcc": 1.0, "image_.aAcc_.easy": 1.0}

@@ -69,7 +69,7 @@ def test_only_what_both_have_answered_counts():
 
 def test_another_question_behind_the_same_key_is_refused():
     first, second = rows(["yes"]), rows(["yes"], ["no"])
-    with pytest.raises(UserError, match="expected the same question behind 0"):
+    with pytest.raises(UserError, match="expected the same label of 0, got 'yes' and 'no'"):
         compare.differences(ACCURACY, first, second)
 
 
@@ -79,8 +79,7 @@ def test_the_table_marks_what_is_beyond_chance():
         "text.b": Difference(0.5, 0.6, (-0.2, 0.1)),
         "text.c": Difference(1.0, 1.0, None),
     }
-    lines = compare.table(("one", "two"), found, 7).splitlines()
-    assert lines[0].startswith("7 items answered by both")
+    lines = compare.table(("one", "two"), found).splitlines()
     assert lines[-3].endswith("+0.400   [+0.300, +0.500] *")
     assert lines[-2].endswith("-0.100   [-0.200, +0.100]")
     assert lines[-1].endswith("+0.000")
@@ -94,8 +93,24 @@ def test_what_is_no_result_is_told(tmp_path):
         result.write_text(json.dumps(value))
         with pytest.raises(UserError, match="expected a finished result"):
             compare.read_result(result)
-    result.write_text(json.dumps({"benchmark": "pope", "settings": {}, "metrics": {}}))
+    kept, answers = rows(["yes", "no"]), result.with_suffix(".jsonl")
+    told = {"benchmark": "pope", "settings": {}, "metrics": {"text": {"accuracy": 0.5}}}
+    result.write_text(json.dumps(told | {"counts": {"items": 2}}))
     with pytest.raises(UserError, match=r"answers beside it, in pope-mine\.jsonl"):
         compare.read_result(result)
-    result.with_suffix(".jsonl").write_text('{"key": "a"}\n')
-    assert compare.read_result(tmp_path / "pope-mine")[1] == [{"key": "a"}]
+    answers.write_text(json.dumps(kept[0]) + "\n")
+    with pytest.raises(UserError, match=r"expected 2 answers, as pope-mine\.json says, got 1"):
+        compare.read_result(result)
+    answers.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    found, read = compare.read_result(tmp_path / "pope-mine")
+    assert read == kept
+    compare.check(ACCURACY, found, read, result)
+    found["metrics"]["text"]["accuracy"] = 0.6
+    with pytest.raises(UserError, match=r"expected answers with text.accuracy 0\.6000, .* 0\.5000"):
+        compare.check(ACCURACY, found, read, result)
+
+
+def test_settings_that_differ_are_told():
+    first = {"settings": {"prompt": "{question}", "max_tokens": 16}}
+    second = {"settings": {"prompt": "{question}!", "max_tokens": 16}}
+    assert compare.unlike(first, second) == ["prompt: '{question}' and '{question}!'"]

@@ -30,13 +30,14 @@ def rows(right: list[bool], caption: str, truer: float) -> list[Row]:
     for n, correct in enumerate(right):
         label = n % 2 == 0
         margin = 1.0 if correct == label else -1.0
-        add(
-            f"q{n}", f"{n // 2}.png", "pope", {"splits": list(SPLITS)},
-            kind="choice", label="yes" if label else "no", options=["yes", "no"],
-            answer="Yes", scores=[margin, 0.0],
-            shuffled_answer="Yes", shuffled_scores=[1.0, 0.0],
-            blind_answer="No", blind_scores=[-1.0, 0.0],
-        )  # fmt: skip
+        for split in SPLITS:
+            add(
+                f"{split}:{n}", f"{n // 2}.png", "pope", {"split": split},
+                kind="choice", label="yes" if label else "no", options=["yes", "no"],
+                answer="Yes", scores=[margin, 0.0],
+                shuffled_answer="Yes", shuffled_scores=[1.0, 0.0],
+                blind_answer="No", blind_scores=[-1.0, 0.0],
+            )  # fmt: skip
     for n in range(len(right) // 2):
         image, objects = f"{n}.png", {"objects": ["dog"], "nouns": ["dog", "cat"]}
         half = {"hit_half_heads": False, "energy_half_heads": 0.7}

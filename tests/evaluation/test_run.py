@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from agevlm_mlx.evaluation import scoring
 from agevlm_mlx.evaluation.answers import AnswerFile, read_rows
 from agevlm_mlx.evaluation.benchmark import Benchmark, Given, Item, Scores
 from agevlm_mlx.evaluation.respondent import Request
-from agevlm_mlx.evaluation.run import Run, Settings, chunks, digest, sample
+from agevlm_mlx.evaluation.run import Run, Settings, chunks, digest, partners, sample
 from tests.suite.fakes import Scripted
 
 #: The right answer to "Is it red?" is in the name of the picture.
@@ -190,7 +191,7 @@ def test_the_shuffled_picture_is_another_one_of_the_same_chunk(pictures, tmp_pat
     assert {request.prompt for request in asked} == {f"Is it {c}? Say yes or no." for c in COLOURS}
 
 
-def test_chunks_leave_no_picture_alone(pictures):
+def test_chunks_leave_no_unit_alone(pictures):
     def sizes(images: int, at_once: int) -> list[int]:
         made = chunks(questions(pictures[:images]), at_once)
         return [len({item.image for item in chunk}) for chunk in made]
@@ -202,6 +203,44 @@ def test_chunks_leave_no_picture_alone(pictures):
     assert sizes(0, 7) == []
     texts = [item for item in everything(pictures[:2]) if item.image is None]
     assert [len(chunk) for chunk in chunks(everything(pictures[:2]), 2)] == [10, len(texts)]
+
+
+def paired(pictures: Sequence[Path]) -> list[Item]:
+    """Two pictures a unit, with opposite answers to the same question."""
+    return [
+        Item(key=path.stem, unit=f"pair {n // 2}", image=path, prompt="Is it red?",
+             label="yes" if path.name.startswith("red") else "no", options=("yes", "no"))
+        for n, path in enumerate(pictures)
+    ]  # fmt: skip
+
+
+def test_the_pictures_of_a_unit_stay_together(pictures):
+    made = list(chunks(paired(pictures), 3))
+    assert [len(chunk) for chunk in made] == [4] * 5
+    assert [len(chunk) for chunk in chunks(paired(pictures[:10]), 2)] == [4, 6]
+    assert all(len({item.unit for item in chunk}) == 2 for chunk in made)
+
+
+@pytest.mark.parametrize("batch_size", [2, 7, 50])
+def test_another_picture_is_one_of_another_unit(pictures, tmp_path, batch_size):
+    """The other one of the pair would be the counter-question: always wrong, not at chance."""
+    _, rows, *_ = ask(paired(pictures), sees, tmp_path, batch_size=batch_size)
+    unit = {row["image"]: row["unit"] for row in rows}
+    assert all(unit[row["shuffled_image"]] != row["unit"] for row in rows)
+    alone, *_ = ask(paired(pictures[:2]), sees, tmp_path)
+    assert alone["text"]["accuracy"] == 1.0
+
+
+def test_partners_are_others_and_all_are_used():
+    units = {Path(f"{n}.png"): f"u{n // 3}" for n in range(11)}
+    found = partners(units, (0, 0))
+    assert set(found) == set(units) == set(found.values())
+    assert all(units[image] != units[other] for image, other in found.items())
+    assert found == partners(units, (0, 0)) != partners(units, (0, 1))
+    lopsided = {Path(f"{n}.png"): "most" if n < 4 else "one" for n in range(5)}
+    assert all(lopsided[i] != lopsided[o] for i, o in partners(lopsided, (0, 0)).items())
+    assert partners({Path("a"): "u", Path("b"): "u"}, (0,)) == {}
+    assert partners({}, (0,)) == {}
 
 
 class Killed(BaseException):
@@ -275,7 +314,7 @@ def test_progress_ends_at_the_whole(pictures, tmp_path):
     with AnswerFile(tmp_path / "answers.jsonl") as answers:
         Run(
             Scripted(sees, [pictures[0].name]), BENCHMARK, Settings(skip_bad=True), answers,
-            lambda *at: told.append(at),
+            progress=lambda *at: told.append(at),
         ).ask(questions(pictures))  # fmt: skip
     assert told[-1] == (40, 40)
     assert told == sorted(told)
@@ -291,12 +330,30 @@ def test_a_sample_is_of_units_and_the_same_for_a_seed(pictures):
     assert [item.key for item in some] == [item.key for item in items if item in some]
 
 
-def test_the_digest_is_of_what_is_asked_and_what_is_right(pictures):
+def test_the_digest_is_of_what_is_asked(pictures, tmp_path):
     items = questions(pictures)
     assert digest(items) == digest(questions(pictures))
     assert digest(items) != digest(items[1:])
-    changed = [Item(**{**vars(items[0]), "label": "no", "mask": None}), *items[1:]]
-    assert digest(items) != digest(changed)
+
+    def changed(**what) -> list[Item]:
+        return [replace(items[0], **what), *items[1:]]
+
+    assert digest(items) != digest(changed(prompt="Is it green?"))
+    other = tmp_path / pictures[0].name
+    Image.new("RGB", (300, 200), "green").save(other)
+    assert digest(items) != digest(changed(image=other))
+    assert digest(items) == digest(changed(label="no"))  # what is right may be mended
+
+
+def test_a_model_whose_numbers_are_none_is_told(pictures, tmp_path):
+    class Broken(Scripted):
+        def options(self, requests, options):
+            return [(float("nan"), -1.0)] * len(requests)
+
+    with AnswerFile(tmp_path / "answers.jsonl") as answers:
+        run = Run(Broken(sees), BENCHMARK, Settings(), answers)
+        with pytest.raises(UserError, match="scripted: expected likelihoods, got"):
+            run.ask(questions(pictures))
 
 
 @pytest.mark.parametrize(
@@ -306,6 +363,7 @@ def test_the_digest_is_of_what_is_asked_and_what_is_right(pictures):
         ({"batch_size": 1}, "--batch-size: expected at least 2, got 1"),
         ({"max_tokens": 0}, "--max-tokens: expected at least 1"),
         ({"seed": -1}, "--seed: expected 0 to 2"),
+        ({"prompt": "{question}\udcff"}, "--prompt: expected text"),
     ],
 )
 def test_settings_that_cannot_be(settings, message):
@@ -326,18 +384,42 @@ def test_a_prompt_without_the_question_is_for_captions_alone(pictures):
 # --- the file ---------------------------------------------------------------------------------
 
 
-def test_half_a_line_is_dropped_and_another_damage_is_told(tmp_path):
+def row(key: str, **rest) -> dict:
+    same = {"unit": "u", "image": None, "kind": "text", "prompt": "?", "label": "", "options": []}
+    return {"key": key, **same, "about": {}, **rest}
+
+
+def test_half_a_line_is_dropped(tmp_path):
     path = tmp_path / "answers.jsonl"
     with AnswerFile(path) as answers:
-        answers.add({"key": "a", "value": float("nan")})
-        answers.add({"key": "b"})
-    with open(path, "a") as file:
-        file.write('{"key": "c", "val')
-    with AnswerFile(path) as answers:
-        assert list(answers.rows) == ["a", "b"]
-        answers.add({"key": "c", "text": "\u00e4\n"})
-    assert [json.loads(line)["key"] for line in path.read_text().splitlines()] == ["a", "b", "c"]
-    path.write_text('{"key": "a"}\nnonsense\n{"key": "b"}\n')
+        answers.add(row("a", answer="\u00e9"))
+        answers.add(row("b", answer="\u00e9"))
+    whole = path.read_bytes()
+    for cut in range(1, len(whole) // 2):  # in a character as well, and before the line's end
+        path.write_bytes(whole[:-cut])
+        with AnswerFile(path) as answers:
+            assert list(answers.rows) == ["a"]
+            answers.add(row("c", answer="\u00e4\n"))
+        assert [one["key"] for one in read_rows(path)] == ["a", "c"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "nonsense",
+        "[1]",
+        "{}",
+        json.dumps(row("a") | {"unit": 3}),
+        json.dumps(row("a") | {"kind": "song"}),
+        json.dumps(row("a", answer=["yes"])),
+        json.dumps(row("a", scores=["x"])),
+        json.dumps(row("a") | {"options": ["yes", "no"], "blind_scores": [1.0]}),
+        "[" * 100_000,
+    ],
+)
+def test_a_line_that_is_no_answer_is_told(tmp_path, line):
+    path = tmp_path / "answers.jsonl"
+    path.write_text(json.dumps(row("a")) + "\n" + line + "\n" + json.dumps(row("b")) + "\n")
     with pytest.raises(UserError, match=r"answers\.jsonl:2: expected an answer"):
         AnswerFile(path)
     with AnswerFile(path, fresh=True) as answers:
@@ -348,7 +430,7 @@ def test_half_a_line_is_dropped_and_another_damage_is_told(tmp_path):
 def test_two_cannot_write_the_same_file(tmp_path):
     path = tmp_path / "answers.jsonl"
     with AnswerFile(path) as answers:
-        answers.add({"key": "a"})
+        answers.add(row("a"))
         with pytest.raises(UserError, match="another `agevlm evaluate` is writing it"):
             AnswerFile(path, fresh=True)
-        assert path.read_text() == '{"key": "a"}\n'
+        assert len(read_rows(path)) == 1

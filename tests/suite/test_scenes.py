@@ -48,20 +48,23 @@ def item(unit: str, kind: Any, task: str, **rest: Any) -> Item:
     return Item(key="k", unit=unit, image=None, prompt="?", kind=kind, about=about, **rest)
 
 
-def asked(unit: str, label: str, answer: str, margin: float, *splits: str) -> Given:
-    about = {"splits": list(splits)}
-    return Given(
-        item(unit, "choice", "pope", label=label, options=("yes", "no"), about=about),
-        answer,
-        (margin - 3.0, -3.0),
-    )
+def asked(unit: str, label: str, answer: str, margin: float, *splits: str) -> list[Given]:
+    rest = {"label": label, "options": ("yes", "no")}
+    return [
+        Given(
+            item(unit, "choice", "pope", about={"split": split}, **rest),
+            answer,
+            (margin - 3.0, -3.0),
+        )
+        for split in splits
+    ]
 
 
 QUESTIONS = [
-    asked("a", "yes", "yes", 2.0, "random", "popular"),
-    asked("a", "no", "yes", 1.0, "random"),
-    asked("b", "yes", "no", -1.0, "random"),
-    asked("b", "no", "no", -3.0, "random", "popular"),
+    *asked("a", "yes", "yes", 2.0, "random", "popular"),
+    *asked("a", "no", "yes", 1.0, "random"),
+    *asked("b", "yes", "no", -1.0, "random"),
+    *asked("b", "no", "no", -3.0, "random", "popular"),
 ]
 CAPTIONS = [
     Given(item("a", "text", "caption", about={"objects": objects, "nouns": nouns}), said)
@@ -317,20 +320,14 @@ def test_batching_changes_no_answer(folder, data, perfect, tmp_path):
 # --- what is asked
 
 
-def test_a_question_of_several_splits_is_asked_once(data, folder):
+def test_every_question_of_every_split_is_an_item(data, folder):
     items = read(data)
     assert len({one.key for one in items}) == len(items)
     assert {one.unit for one in items} == {scene.name for scene in folder.items}
     kinds = Counter(one.kind for one in items)
     assert kinds["likelihood"] == kinds["text"] == kinds["look"] == IMAGES
     pope = [one for one in items if one.kind == "choice"]
-    assert len({(one.unit, one.prompt) for one in pope}) == len(pope)
-    # Each split asks about one thing that is there, the same one, and one that is not.
-    by_split = Counter(split for one in pope for split in one.about["splits"])
-    assert by_split == dict.fromkeys(POPE_SPLITS, 2 * IMAGES)
-    for one in pope:
-        if one.label == "yes":
-            assert one.about["splits"] == list(POPE_SPLITS)
+    assert Counter(one.about["split"] for one in pope) == dict.fromkeys(POPE_SPLITS, 2 * IMAGES)
     lines = (data / "pope_adversarial.json").read_text().splitlines()
     keyed = {one.key: one for one in pope}
     only = next(key for key in keyed if key.startswith("pope_adversarial.json:"))
@@ -410,8 +407,6 @@ def damage(copy: Path, kind: str) -> None:
         lines[2] = json.dumps({"image": "000001.png", "text": 3, "label": "no"})
     elif kind == "name":
         lines[2] = json.dumps({"image": 7, "text": "Is there?", "label": "no"})
-    elif kind == "both":
-        lines[2] = json.dumps(json.loads(lines[0]) | {"label": "no"})
     elif kind == "coco":
         table = {"images": [], "annotations": 3, "categories": []}
     elif kind == "annotation":
@@ -443,7 +438,6 @@ def damage(copy: Path, kind: str) -> None:
         ("label", r"pope_random.json:3: expected yes or no .*'maybe'"),
         ("name", r"pope_random.json:3: expected an image's name, got 7"),
         ("text", r"pope_random.json:3: expected a question"),
-        ("both", r"expected the answer of pope_.*json:1 to 'Is there .*got both"),
         ("coco", r"instances.json: expected a COCO file, got none with lists annotations"),
         ("annotation", r"instances.json:annotations 1: expected category_id"),
         ("category", r"instances.json:annotations 1: .*got 4711"),

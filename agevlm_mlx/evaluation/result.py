@@ -1,0 +1,158 @@
+"""One benchmark, one model: asked, scored and written, going on where it was broken off."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from .. import config
+from ..errors import UserError
+from . import files, scoring
+from .answers import AnswerFile
+from .benchmark import Benchmark, Item
+from .machine import machine, versions
+from .respondent import Respondent
+from .run import Progress, Run, Settings, begin_row, digest
+
+
+@dataclass(frozen=True)
+class Out:
+    """Who is asked about which data, and where it is written.
+
+    folder: of the result files; data: of the benchmark. command: as a person would repeat it.
+    problems: what reading left out. fresh: ask again what is answered.
+    """
+
+    folder: Path
+    data: Path
+    model: Respondent
+    command: str = ""
+    problems: Sequence[str] = ()
+    fresh: bool = False
+
+    def result(self, benchmark: Benchmark) -> Path:
+        """BENCHMARK-MODEL.json"""
+        return self.folder / f"{benchmark.name}-{self.model.about['name']}.json"
+
+    def answers(self, benchmark: Benchmark) -> Path:
+        """BENCHMARK-MODEL.jsonl, every answer."""
+        return self.result(benchmark).with_suffix(".jsonl")
+
+
+def evaluate(
+    benchmark: Benchmark,
+    items: Sequence[Item],
+    settings: Settings,
+    out: Out,
+    progress: Progress = lambda done, total: None,
+) -> dict[str, Any]:
+    """Ask what has no answer yet, score all of it, write both files, and return the result.
+
+    ``UserError`` for an image that cannot be read (unless bad ones are skipped), while another
+    run writes the same files, or where there are answers to something else (unless `fresh`).
+    """
+    begun = _begun(benchmark, items, settings, out.model)
+    result_file, answer_file = out.result(benchmark), out.answers(benchmark)
+    for path in (result_file, answer_file):
+        files.check_writable(path)
+    if not out.fresh:
+        _check_same(result_file, answer_file, begun)
+    start = time.perf_counter()
+    with AnswerFile(answer_file, out.fresh) as answers:
+        before = len(answers.rows)
+        files.write_json(result_file, {**begun, "finished": None})
+        run = Run(out.model, benchmark, settings, answers, out.data, progress)
+        run.ask(items)
+        # Kept answers are judged by the labels of today.
+        rows = [
+            files.plain(answers.rows[item.key] | begin_row(item, out.data))
+            for item in items
+            if item.key in answers.rows
+        ]
+        if any(row != answers.rows[row["key"]] for row in rows):
+            files.write_json_lines(answer_file, rows)
+    if not rows:
+        raise UserError(f"{benchmark.name}: expected at least one item that can be asked, got none")
+    units = scoring.units(rows)
+    scored = scoring.score(benchmark, rows, units, settings.boots, settings.seed)
+    problems = [*out.problems, *run.problems]
+    report = {
+        **begun,
+        "command": out.command,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": time.perf_counter() - start,
+        "answered_before": before,
+        "versions": versions(),
+        "machine": machine(),
+        "counts": {
+            "items": len(rows),
+            "images": len({row["image"] for row in rows} - {None}),
+            "units": len(units),
+            "bad": len(problems),
+        },
+        "problems": problems,
+        **scoring.report(scored),
+    }
+    files.write_json(result_file, report)
+    return report
+
+
+def _begun(
+    benchmark: Benchmark, items: Sequence[Item], settings: Settings, model: Respondent
+) -> dict[str, Any]:
+    """What has to be the same for answers to be the same."""
+    text_tokens = benchmark.text_tokens or benchmark.max_tokens
+    return {
+        "benchmark": benchmark.name,
+        "items": digest(items),
+        "model": dict(model.about),
+        "settings": {
+            "limit": settings.limit,
+            "seed": settings.seed,
+            "prompt": settings.prompt or benchmark.prompt,
+            "max_tokens": settings.max_tokens or benchmark.max_tokens,
+            "text_tokens": settings.max_tokens or text_tokens,
+            "decoding": "greedy",
+            "batch_size": settings.batch_size,
+            "boots": settings.boots,
+        },
+    }
+
+
+def _check_same(result_file: Path, answer_file: Path, begun: Mapping[str, Any]) -> None:
+    """``UserError`` if the answers that there are may be to something else, or of another model."""
+    if not answer_file.is_file() or not answer_file.stat().st_size:
+        return
+    instead = "--fresh replaces them, another --out keeps both"
+    try:
+        before = config.read_json(result_file)
+    except UserError:
+        before = None
+    if not isinstance(before, dict):
+        raise UserError(
+            f"{answer_file}: answers without a readable {result_file.name} beside them, which says "
+            f"to what; {instead}"
+        )
+    now = files.plain(begun)
+    if _fingerprint(before) != _fingerprint(now):
+        changed = "by another model, or the same before it changed"
+    elif before.get("items") != now["items"]:
+        changed = "to other questions or about other pictures"
+    else:
+        settings, wanted = before.get("settings"), now["settings"]
+        settings = settings if isinstance(settings, dict) else {}
+        changed = ", ".join(
+            f"with {key} {settings.get(key)!r}, now {value!r}"
+            for key, value in wanted.items()
+            if settings.get(key) != value
+        )
+    if changed:
+        raise UserError(f"{answer_file}: the answers there are {changed}; {instead}")
+
+
+def _fingerprint(result: Mapping[str, Any]) -> Any:
+    """Not the model's path, which can be written in many ways."""
+    model = result.get("model")
+    return model.get("fingerprint") if isinstance(model, dict) else None
