@@ -325,10 +325,22 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+#: Beside the configuration and the weights.
+_ANSWERS = (
+    "preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
+
+
 def fingerprint(folder: Path) -> str:
-    """sha256 (first 16 hex digits) over a checkpoint's config and weights."""
+    """sha256 (first 16 hex digits) over all of a checkpoint that decides what it answers: its
+    configuration, weights, tokenizer and how pictures are brought to it."""
     digest = hashlib.sha256()
-    for path in sorted([folder / "config.json", *folder.glob("model*.safetensors")]):
+    names = ("config.json", *_ANSWERS)
+    files = [folder / name for name in names if (folder / name).is_file()]
+    for path in [*files, *sorted(folder.glob("model*.safetensors"))]:
         with open(path, "rb") as file:
             while part := file.read(1 << 24):
                 digest.update(part)

@@ -126,7 +126,7 @@ def test_what_is_answered_is_not_asked_again(command, tmp_path, capsys, monkeypa
     assert result(tmp_path)["metrics"] == first["metrics"]
     # Neither a finished result nor its answers make room for one of other settings by themselves.
     assert main([*command, "--limit", "3"]) == 2
-    assert "to other questions or about other pictures; --fresh replaces" in capsys.readouterr().err
+    assert "with limit None, now 3; --fresh replaces them" in capsys.readouterr().err
     assert (tmp_path / "results" / "scenes-mine.jsonl").read_bytes() == before
     assert main([*command, "--limit", "3", "--fresh"]) == 0
     assert result(tmp_path)["counts"]["images"] == 3
@@ -155,6 +155,44 @@ def test_answers_of_which_nothing_is_known_are_not_dropped(command, tmp_path, ca
     (tmp_path / "results" / "scenes-mine.json").unlink()
     assert main(command) == 2
     assert "answers without a readable scenes-mine.json" in capsys.readouterr().err
+
+
+def test_only_what_was_changed_is_asked_again(command, data, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(data, copy)
+    command[command.index("--data") + 1] = str(copy)
+    broken = sorted((copy / "images").iterdir())[-1]
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[: len(whole) // 2])  # its header is good
+    assert main([*command, "--batch-size", "2"]) == 2
+    kept = (tmp_path / "results" / "scenes-mine.jsonl").read_text().splitlines()
+    assert len(kept) > 20
+    broken.unlink()
+    capsys.readouterr()
+    assert main([*command, "--batch-size", "2", "--skip-bad"]) == 0
+    # Captions that were told from the one of the picture that is gone are asked again as well.
+    assert len(kept) - 4 <= result(tmp_path)["answered_before"] < len(kept)
+    assert result(tmp_path)["counts"]["images"] == IMAGES - 1
+    broken.write_bytes(whole)
+    assert main([*command, "--batch-size", "2"]) == 0
+    assert result(tmp_path)["counts"]["images"] == IMAGES
+    assert result(tmp_path)["answered_before"] < result(tmp_path)["counts"]["items"]
+    first = sorted((copy / "images").iterdir())[0]
+    shutil.copy(broken, first)  # another picture under the same name
+    assert main([*command, "--batch-size", "2"]) == 0
+    found = result(tmp_path)
+    assert found["answered_before"] == found["counts"]["items"] * (IMAGES - 1) // IMAGES
+
+
+def test_answers_to_other_data_are_not_dropped(command, tmp_path, capsys):
+    assert main(command) == 0
+    before = (tmp_path / "results" / "scenes-mine.jsonl").read_bytes()
+    other = tmp_path / "other"
+    scenes.write_scenes(other, IMAGES, seed=2, split="test")
+    command[command.index("--data") + 1] = str(other)
+    assert main(command) == 2
+    assert "are to what is asked now, about pictures that are the same" in capsys.readouterr().err
+    assert (tmp_path / "results" / "scenes-mine.jsonl").read_bytes() == before
 
 
 def test_all_benchmarks_are_read_before_the_first_is_asked(command, tmp_path, capsys):

@@ -175,3 +175,15 @@ def test_fingerprint_follows_the_content(saved):
     assert before == weights.fingerprint(folder)
     edit(folder, extra=1)
     assert weights.fingerprint(folder) != before
+
+
+@pytest.mark.parametrize("name", ["preprocessor_config.json", "tokenizer.json"])
+def test_a_fingerprint_is_of_all_that_decides_an_answer(name, tiny_checkpoint, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny_checkpoint, folder)
+    before = weights.fingerprint(folder)
+    (folder / name).write_text((folder / name).read_text() + "\n")
+    assert weights.fingerprint(folder) != before
+    changed = weights.fingerprint(folder)
+    (folder / "README.md").write_text("other words")
+    assert weights.fingerprint(folder) == changed

@@ -9,8 +9,8 @@ from importlib import resources
 from typing import Any
 
 from ..evaluation import files
-from . import sections
-from .sections import Model, chip, percent, span
+from . import attention_section, matching_section
+from .page import Model, chip, percent, span
 
 Result = Mapping[str, Any]
 
@@ -26,9 +26,9 @@ def render(result: Result, captions: Mapping[str, str]) -> str:
         "MODELS": "".join(f"<li>{_who(model)}</li>" for model in models),
         "TILES": _tiles(models),
         "WORDS": "".join(map(_said, models)),
-        "MATCHING": sections.matching(models),
-        "LOOKING": sections.looking(models, captions),
-        "CAUSAL": sections.causal(models),
+        "MATCHING": matching_section.section(models),
+        "LOOKING": attention_section.looking(models, captions),
+        "CAUSAL": attention_section.causal(models),
         "LIMITS": "".join(f"<li>{line}</li>" for line in _limits(models)),
         "ABOUT": _about(result, models),
     }

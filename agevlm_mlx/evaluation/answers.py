@@ -3,10 +3,12 @@
 import fcntl
 import json
 import os
-from collections.abc import Mapping
+import uuid
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
+from ..atomic import TEMPORARY
 from ..errors import UserError
 from .benchmark import Kind
 from .files import plain
@@ -97,10 +99,27 @@ class AnswerFile:
     def add(self, row: Mapping[str, Any]) -> None:
         """Write an answer. It survives the end of this process; `sync` makes it survive more."""
         kept = plain(row)
-        line = json.dumps(kept, ensure_ascii=False, allow_nan=False) + "\n"
-        self._file.write(line.encode())
+        self._file.write(_line(kept))
         self._file.flush()
         self.rows[kept["key"]] = kept
+
+    def replace(self, rows: Iterable[Row]) -> None:
+        """Keep these answers instead; the file is written whole or stays as it is."""
+        kept = {row["key"]: plain(row) for row in rows}
+        name = self.path.parent / f"{TEMPORARY}{uuid.uuid4().hex}.jsonl"
+        file = open(name, "a+b")  # noqa: SIM115
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.writelines(_line(row) for row in kept.values())
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(name, self.path)
+        except BaseException:
+            file.close()
+            name.unlink(missing_ok=True)
+            raise
+        self._file.close()
+        self._file, self.rows = file, kept
 
     def sync(self) -> None:
         """See to it that what was written survives a power cut."""
@@ -110,3 +129,7 @@ class AnswerFile:
         data = self.path.read_bytes()
         if data and not data.endswith(b"\n"):
             self._file.truncate(data.rfind(b"\n") + 1)
+
+
+def _line(row: Row) -> bytes:
+    return (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode()

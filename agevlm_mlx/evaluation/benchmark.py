@@ -20,6 +20,10 @@ from .source import Source
 Kind = Literal["choice", "likelihood", "text", "look"]
 
 
+#: Units below which drawing them again says nothing: of one, all draws are the same.
+FEWEST = 5
+
+
 @dataclass(frozen=True, kw_only=True)
 class Item:
     """One thing to ask about an image (None: about no image).
@@ -95,6 +99,7 @@ class Scores:
         self._place = {unit: n for n, unit in enumerate(units)}
         self._draws = metrics.image_draws(len(units), boots, seed)
         self._drawn: dict[str, np.ndarray] = {}
+        self._from: dict[str, int] = {}  # units that a number is made of
         self._values: dict[str, float] = {}
 
     def mean(self, name: str, given: Sequence[Given], values: metrics.Numbers) -> None:
@@ -119,6 +124,7 @@ class Scores:
         bottom = metrics.per_image(at, denominators, units)[0]
         value = metrics.divide(top.sum(), bottom.sum())
         self.put(name, value, metrics.ratio_draws(top, bottom, self._draws))
+        self._from[name] = int(np.count_nonzero(bottom))
 
     def auroc(
         self, name: str, given: Sequence[Given], positive: metrics.Numbers, other: metrics.Numbers
@@ -128,12 +134,14 @@ class Scores:
         p, n = np.asarray(positive, np.float64), np.asarray(other, np.float64)
         draws = metrics.auroc_draws(p, n, self._draws[:, at]) if at else None
         self.put(name, metrics.auroc(p, n), draws)
+        self._from[name] = len(set(at))
 
     def derive(self, name: str, function: Callable[..., Any], *names: str) -> None:
         """A number made from others, as 100 * (a + b): `function` of values and of draws alike."""
         value = float(function(*(self._values[key] for key in names)))
         drawn = [self._drawn[key] for key in names if key in self._drawn]
         self.put(name, value, function(*drawn) if len(drawn) == len(names) else None)
+        self._from[name] = min(self._from.get(key, 0) for key in names)
 
     def put(self, name: str, value: float, draws: np.ndarray | None = None) -> None:
         """A number as it is, with its values f64[boots] under the draws if there are any."""
@@ -152,14 +160,16 @@ class Scores:
         return list(self._values)
 
     def drawn(self, name: str) -> np.ndarray | None:
-        """f64[boots], or None for a number without draws."""
-        return self._drawn.get(name)
+        """f64[boots], or None for a number without draws, or of fewer than `FEWEST` units."""
+        few = self._from.get(name, FEWEST) < FEWEST
+        return None if few else self._drawn.get(name)
 
     def interval(self, name: str) -> tuple[float, float] | None:
         """The 95 % interval; None where there is none."""
-        if name not in self._drawn:
+        drawn = self.drawn(name)
+        if drawn is None:
             return None
-        pair = metrics.interval(self._drawn[name])
+        pair = metrics.interval(drawn)
         return pair if np.isfinite(pair).all() else None
 
     def nested(self) -> dict[str, Any]:

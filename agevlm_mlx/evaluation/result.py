@@ -14,7 +14,7 @@ from .answers import AnswerFile
 from .benchmark import Benchmark, Item
 from .machine import machine, versions
 from .respondent import Respondent
-from .run import Progress, Run, Settings, begin_row, digest
+from .run import Progress, Run, Settings, begin_row, digest, still_asked
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,13 @@ def evaluate(
     result_file, answer_file = out.result(benchmark), out.answers(benchmark)
     for path in (result_file, answer_file):
         files.check_writable(path)
-    if not out.fresh:
-        _check_same(result_file, answer_file, begun)
+    earlier = {} if out.fresh else _earlier(result_file, answer_file, begun)
     start = time.perf_counter()
     with AnswerFile(answer_file, out.fresh) as answers:
+        _keep_fitting(answers, items, out.data)
         before = len(answers.rows)
-        files.write_json(result_file, {**begun, "finished": None})
+        seconds = earlier.get("seconds", 0) if before else 0
+        files.write_json(result_file, {**begun, "finished": None, "seconds": seconds})
         run = Run(out.model, benchmark, settings, answers, out.data, progress)
         run.ask(items)
         # Kept answers are judged by the labels of today.
@@ -72,7 +73,7 @@ def evaluate(
             if item.key in answers.rows
         ]
         if any(row != answers.rows[row["key"]] for row in rows):
-            files.write_json_lines(answer_file, rows)
+            answers.replace(rows)
     if not rows:
         raise UserError(f"{benchmark.name}: expected at least one item that can be asked, got none")
     units = scoring.units(rows)
@@ -82,7 +83,7 @@ def evaluate(
         **begun,
         "command": out.command,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seconds": time.perf_counter() - start,
+        "seconds": seconds + time.perf_counter() - start,
         "answered_before": before,
         "versions": versions(),
         "machine": machine(),
@@ -90,6 +91,8 @@ def evaluate(
             "items": len(rows),
             "images": len({row["image"] for row in rows} - {None}),
             "units": len(units),
+            "with_image": sum(row["image"] is not None for row in rows),
+            "shuffled": sum("shuffled_image" in row for row in rows),
             "bad": len(problems),
         },
         "problems": problems,
@@ -121,11 +124,14 @@ def _begun(
     }
 
 
-def _check_same(result_file: Path, answer_file: Path, begun: Mapping[str, Any]) -> None:
-    """``UserError`` if the answers that there are may be to something else, or of another model."""
+def _earlier(result_file: Path, answer_file: Path, begun: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The result that was begun here before, if there are any answers.
+
+    ``UserError`` if they are of another model, or were given to other prompts: they cannot be
+    used, and are not thrown away unasked.
+    """
     if not answer_file.is_file() or not answer_file.stat().st_size:
-        return
-    instead = "--fresh replaces them, another --out keeps both"
+        return {}
     try:
         before = config.read_json(result_file)
     except UserError:
@@ -133,15 +139,13 @@ def _check_same(result_file: Path, answer_file: Path, begun: Mapping[str, Any]) 
     if not isinstance(before, dict):
         raise UserError(
             f"{answer_file}: answers without a readable {result_file.name} beside them, which says "
-            f"to what; {instead}"
+            f"to what; {_INSTEAD}"
         )
-    now = files.plain(begun)
+    now, changed = files.plain(begun), ""
+    settings, wanted = before.get("settings"), now["settings"]
     if _fingerprint(before) != _fingerprint(now):
         changed = "by another model, or the same before it changed"
-    elif before.get("items") != now["items"]:
-        changed = "to other questions or about other pictures"
-    else:
-        settings, wanted = before.get("settings"), now["settings"]
+    elif settings != wanted:
         settings = settings if isinstance(settings, dict) else {}
         changed = ", ".join(
             f"with {key} {settings.get(key)!r}, now {value!r}"
@@ -149,7 +153,30 @@ def _check_same(result_file: Path, answer_file: Path, begun: Mapping[str, Any]) 
             if settings.get(key) != value
         )
     if changed:
-        raise UserError(f"{answer_file}: the answers there are {changed}; {instead}")
+        raise UserError(f"{answer_file}: the answers there are {changed}; {_INSTEAD}")
+    return before
+
+
+#: What to do when there are answers of another kind.
+_INSTEAD = "--fresh replaces them, another --out keeps both"
+
+
+def _keep_fitting(answers: AnswerFile, items: Sequence[Item], folder: Path) -> None:
+    """Drop answers to what is no longer asked: a question that was changed, a picture that is
+    gone. ``UserError`` if that is most of them: then it is other data."""
+    asked = {item.key: item for item in items}
+    kept = [
+        row
+        for key, row in answers.rows.items()
+        if key in asked and still_asked(row, asked[key], folder)
+    ]
+    if 2 * len(kept) < len(answers.rows):
+        raise UserError(
+            f"{answers.path}: of {len(answers.rows)} answers there {len(kept)} are to what is "
+            f"asked now, about pictures that are the same; {_INSTEAD}"
+        )
+    if len(kept) < len(answers.rows):
+        answers.replace(kept)
 
 
 def _fingerprint(result: Mapping[str, Any]) -> Any:

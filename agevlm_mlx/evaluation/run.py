@@ -2,7 +2,8 @@
 
 Beside the question about its own image each item is asked about another one (shuffled) and about
 none (blind). Images go through in chunks, and each image's partner is in its chunk, so that memory
-is bounded and a run that was broken off goes on where it stopped and ends with the same answers.
+is bounded and a run that was broken off goes on where it stopped and ends with the same answers
+(likelihoods up to rounding, as they are computed beside others).
 """
 
 import hashlib
@@ -46,6 +47,8 @@ class Settings:
             if value is not None and value < least:
                 flag = f"--{name.replace('_', '-')}"
                 raise UserError(f"{flag}: expected at least {least}, got {value}")
+        if self.max_tokens is not None and self.max_tokens >= 2**31:
+            raise UserError(f"--max-tokens: expected less than 2^31, got {self.max_tokens}")
         if not 0 <= self.seed < 2**31:
             raise UserError(f"--seed: expected 0 to 2^31 - 1, got {self.seed}")
         if self.prompt is not None and any("\ud800" <= c <= "\udfff" for c in self.prompt):
@@ -76,16 +79,10 @@ def sample(items: Sequence[Item], settings: Settings) -> list[Item]:
 
 
 def digest(items: Sequence[Item]) -> str:
-    """A fingerprint of what is asked: every prompt with its options, and every picture by its name
-    and size. What is right is not in it: kept answers are scored by the truth of today."""
+    """A fingerprint of what was asked: two results with the same one are about the same items."""
     told = hashlib.sha256()
-    sizes: dict[Path | None, int] = {None: 0}
     for item in items:
-        if item.image not in sizes and item.image is not None:
-            sizes[item.image] = item.image.stat().st_size if item.image.is_file() else -1
-        image = (item.image.name if item.image else "", sizes[item.image])
-        asked = (item.key, item.kind, item.prompt, item.options, item.phrase, image)
-        told.update(repr(asked).encode())
+        told.update(repr((item.key, item.kind, item.prompt, item.options, item.phrase)).encode())
     return told.hexdigest()[:16]
 
 
@@ -199,7 +196,7 @@ class Run:
             self._skipped += lost
             if not self.settings.skip_bad:
                 raise UserError(f"{reason}; --skip-bad leaves its {lost} items out")
-            self.problems.append(reason)
+            self.problems.append(f"{reason} ({lost} items)")
         units = {item.image: item.unit for item in reversed(chunk) if item.image is not None}
         good = {image: units[image] for image in images if image not in bad}
         partner: dict[Path | None, Path] = {**partners(good, (self.settings.seed, number))}
@@ -297,10 +294,12 @@ class Run:
 
 def begin_row(item: Item, folder: Path) -> Row:
     """The part of a row that says what was asked and what is right; `scoring.as_item` reads it."""
+    there = item.image is not None and item.image.is_file()
     row: Row = {
         "key": item.key,
         "unit": item.unit,
         "image": None if item.image is None else shown(item.image, folder),
+        "image_bytes": item.image.stat().st_size if item.image is not None and there else None,
         "kind": item.kind,
         "prompt": item.prompt,
         "label": item.label,
@@ -308,6 +307,16 @@ def begin_row(item: Item, folder: Path) -> Row:
         "about": dict(item.about),
     }
     return row | ({"phrase": item.phrase} if item.phrase else {})
+
+
+#: What of a row decides its answer; the rest may be mended without asking again.
+_ASKED = ("kind", "prompt", "options", "phrase", "image", "image_bytes")
+
+
+def still_asked(row: Row, item: Item, folder: Path) -> bool:
+    """Whether a kept row is the answer to this item, whatever is right about it now."""
+    now = begin_row(item, folder)
+    return all(row.get(name) == now.get(name) for name in _ASKED)
 
 
 def shown(image: Path, folder: Path) -> str:

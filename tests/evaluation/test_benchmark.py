@@ -11,54 +11,67 @@ def item(key: str, unit: str, **rest) -> Item:
     return Item(key=key, unit=unit, image=None, prompt="?", **rest)
 
 
-GIVEN = [Given(item(str(n), unit)) for n, unit in enumerate("aabbbc")]
+GIVEN = [Given(item(str(n), unit)) for n, unit in enumerate("aabbbcdef")]
+UNITS = sorted("abcdef")
 
 
 def test_a_mean_is_over_items_and_its_interval_over_units():
-    scores = Scores(["a", "b", "c"], boots=400, seed=3)
-    right = [1, 1, 0, 0, 1, 1]
+    scores = Scores(UNITS, boots=400, seed=3)
+    right = [1, 1, 0, 0, 1, 1, 0, 1, 0]
     scores.mean("accuracy", GIVEN, right)
-    assert scores["accuracy"] == pytest.approx(4 / 6)
-    draws = metrics.image_draws(3, 400, 3)
-    by_hand = draws @ np.array([2, 1, 1]) / (draws @ np.array([2, 3, 1]))
+    assert scores["accuracy"] == pytest.approx(5 / 9)
+    draws = metrics.image_draws(6, 400, 3)
+    by_hand = draws @ np.array([2, 1, 1, 0, 1, 0]) / (draws @ np.array([2, 3, 1, 1, 1, 1]))
     assert np.allclose(scores.drawn("accuracy"), by_hand)
     assert scores.interval("accuracy") == pytest.approx(tuple(np.quantile(by_hand, [0.025, 0.975])))
 
 
 def test_a_ratio_of_sums_and_a_number_made_from_others():
-    scores = Scores(["a", "b", "c"], boots=50)
-    scores.ratio("half", GIVEN, [1, 0, 1, 0, 1, 0], [1, 1, 1, 1, 2, 0])
-    scores.mean("one", GIVEN, np.ones(6))
+    scores = Scores(UNITS, boots=50)
+    scores.ratio("half", GIVEN, [1, 0, 1, 0, 1, 0, 1, 1, 0], [1, 1, 1, 1, 2, 1, 1, 1, 1])
+    scores.mean("one", GIVEN, np.ones(9))
     scores.derive("sum", lambda a, b: 100 * (a + b), "half", "one")
     assert scores["half"] == 0.5
     assert scores["sum"] == 150.0
-    expected = 100 * (scores.drawn("half") + 1)
-    assert np.allclose(scores.drawn("sum"), expected, equal_nan=True)
+    assert np.allclose(scores.drawn("sum"), 100 * (scores.drawn("half") + 1))
     scores.ratio("empty", [], [], [])
     assert scores["empty"] == 0.0
     assert scores.interval("empty") is None
 
 
+def test_few_units_have_no_interval():
+    """Drawing one unit again and again gives the same each time: no certainty."""
+    scores = Scores(UNITS, boots=50)
+    scores.mean("four", GIVEN[:7], [1, 0, 1, 0, 1, 0, 1])
+    scores.mean("all", GIVEN, np.ones(9))
+    scores.derive("both", np.add, "four", "all")
+    scores.auroc("ranked", GIVEN[5:], [1] * 4, [0] * 4)
+    assert scores["four"] == pytest.approx(4 / 7)
+    assert scores.interval("four") is scores.interval("both") is scores.interval("ranked") is None
+    assert scores.drawn("four") is None
+    assert scores.interval("all") == (1.0, 1.0)
+
+
 def test_what_is_put_without_draws_has_no_interval_and_makes_none():
-    scores = Scores(["a"], boots=10)
+    scores = Scores(UNITS, boots=10)
     scores.put("alone", 0.25)
-    scores.mean("one", GIVEN[:1], [1])
+    scores.mean("one", GIVEN, np.ones(9))
     scores.derive("both", lambda a, b: a + b, "alone", "one")
     assert scores["both"] == 1.25
     assert scores.interval("alone") is scores.interval("both") is None
 
 
 def test_auroc_with_units_drawn():
-    scores = Scores(["a", "b", "c"], boots=100)
-    given = [GIVEN[0], GIVEN[2], GIVEN[5]]
-    scores.auroc("auroc", given, [3, 2, 1], [0, 2, 2])
-    assert scores["auroc"] == pytest.approx((3 + 1 + 1 / 2 + 1 / 2 + 1) / 9)
+    scores = Scores(UNITS, boots=100)
+    given = [GIVEN[n] for n in (0, 2, 5, 6, 7)]
+    scores.auroc("auroc", given, [3, 2, 1, 5, 5], [0, 2, 2, 4, 4])
+    assert scores["auroc"] == pytest.approx((3 + 2 + 1 + 5 + 5) / 25)
     assert len(scores.drawn("auroc")) == 100
 
 
 def test_lengths_that_differ_are_an_error():
-    with pytest.raises(ValueError, match="accuracy: 6 answers, 5 and 6 numbers"):
-        Scores(["a", "b", "c"]).mean("accuracy", GIVEN, [1] * 5)
+    with pytest.raises(ValueError, match="accuracy: 9 answers, 5 and 9 numbers"):
+        Scores(UNITS).mean("accuracy", GIVEN, [1] * 5)
 
 
 def test_dotted_names_are_a_tree_and_back():

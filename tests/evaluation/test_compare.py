@@ -54,7 +54,7 @@ def test_a_difference_is_paired():
 
 
 def test_one_result_beside_itself():
-    same = rows(["yes", "no", "yes", "yes"])
+    same = rows(["yes", "no", "yes", "yes"] * 3)
     found = compare.differences(ACCURACY, same, same)["text.accuracy"]
     assert found == Difference(0.75, 0.75, (0.0, 0.0))
 

@@ -14,7 +14,16 @@ from agevlm_mlx.evaluation import scoring
 from agevlm_mlx.evaluation.answers import AnswerFile, read_rows
 from agevlm_mlx.evaluation.benchmark import Benchmark, Given, Item, Scores
 from agevlm_mlx.evaluation.respondent import Request
-from agevlm_mlx.evaluation.run import Run, Settings, chunks, digest, partners, sample
+from agevlm_mlx.evaluation.run import (
+    Run,
+    Settings,
+    begin_row,
+    chunks,
+    digest,
+    partners,
+    sample,
+    still_asked,
+)
 from tests.suite.fakes import Scripted
 
 #: The right answer to "Is it red?" is in the name of the picture.
@@ -297,7 +306,7 @@ def test_a_broken_picture_stops_the_run_or_is_left_out(pictures, tmp_path):
     scored, rows, _, run = ask(
         questions(pictures), sees, tmp_path, broken=[bad], batch_size=2, skip_bad=True
     )
-    assert run.problems == [f"{bad}: expected an image"]
+    assert run.problems == [f"{bad}: expected an image (2 items)"]
     assert len(rows) == 2 * 19
     assert scored["text"]["accuracy"] == 1.0
     assert bad not in {row["image"] for row in rows} | {row.get("shuffled_image") for row in rows}
@@ -330,19 +339,25 @@ def test_a_sample_is_of_units_and_the_same_for_a_seed(pictures):
     assert [item.key for item in some] == [item.key for item in items if item in some]
 
 
-def test_the_digest_is_of_what_is_asked(pictures, tmp_path):
+def test_the_digest_is_of_what_is_asked(pictures):
     items = questions(pictures)
     assert digest(items) == digest(questions(pictures))
     assert digest(items) != digest(items[1:])
+    assert digest(items) != digest([replace(items[0], prompt="Is it green?"), *items[1:]])
 
-    def changed(**what) -> list[Item]:
-        return [replace(items[0], **what), *items[1:]]
 
-    assert digest(items) != digest(changed(prompt="Is it green?"))
-    other = tmp_path / pictures[0].name
+def test_a_kept_answer_is_to_the_same_question_about_the_same_picture(pictures, tmp_path):
+    item = questions(pictures)[0]
+    folder = pictures[0].parent
+    row = begin_row(item, folder)
+    assert still_asked(row, item, folder)
+    assert still_asked(row, replace(item, label="no", about={"new": 1}), folder)
+    assert not still_asked(row, replace(item, prompt="Is it green?"), folder)
+    assert not still_asked(row, replace(item, image=pictures[1]), folder)
+    assert not still_asked(row, replace(item, image=tmp_path / item.image.name), folder)
+    other = tmp_path / item.image.name
     Image.new("RGB", (300, 200), "green").save(other)
-    assert digest(items) != digest(changed(image=other))
-    assert digest(items) == digest(changed(label="no"))  # what is right may be mended
+    assert not still_asked(row, replace(item, image=other), tmp_path)
 
 
 def test_a_model_whose_numbers_are_none_is_told(pictures, tmp_path):
@@ -425,6 +440,22 @@ def test_a_line_that_is_no_answer_is_told(tmp_path, line):
     with AnswerFile(path, fresh=True) as answers:
         assert answers.rows == {}
     assert path.read_text() == ""
+
+
+def test_answers_are_replaced_as_a_whole_and_stay_locked(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    with AnswerFile(path) as answers:
+        answers.add(row("a"))
+        answers.add(row("b"))
+        answers.replace([row("b", answer="new")])
+        with pytest.raises(UserError, match="another `agevlm evaluate` is writing it"):
+            AnswerFile(path)
+        answers.add(row("c"))
+    assert [(one["key"], one.get("answer")) for one in read_rows(path)] == [
+        ("b", "new"),
+        ("c", None),
+    ]
+    assert [one.name for one in tmp_path.iterdir()] == ["answers.jsonl"]
 
 
 def test_two_cannot_write_the_same_file(tmp_path):
