@@ -18,6 +18,10 @@ from .evaluation.benchmark import Benchmark, Item
 from .evaluation.run import Settings, prompted, sample
 from .evaluation.source import Source
 from .evaluation.summary import table
+from .parallel import terminate_as_interrupt
+
+#: Characters of a question with its options; published ones have hundreds.
+_LONGEST = 8000
 
 EXAMPLES = """
 benchmarks:
@@ -55,6 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     chosen = _benchmarks(args)
     folder = _folder(args.data)
     with ExitStack() as stack:
+        stack.enter_context(terminate_as_interrupt())  # nothing is left in the temporary folder
         # All of them first: what is missing is told before hours of work, not after.
         read = [(one, *_read(one, folder, settings, stack)) for one in chosen]
         if args.dry_run:
@@ -77,7 +82,13 @@ def _read(
 ) -> tuple[list[Item], list[str]]:
     """What is to be asked, and what was left out."""
     source = stack.enter_context(Source(folder, settings.skip_bad))
-    items = one.read(source)
+    items = []
+    for item in one.read(source):
+        size = len(item.prompt) + sum(map(len, item.options))
+        if size > _LONGEST:  # it would take the memory of all others together
+            source.bad(item.key, f"expected at most {_LONGEST} characters to ask, got {size}")
+        else:
+            items.append(item)
     source.check(one.needs)
     if not items:
         raise UserError(f"{folder}: expected something to ask, got nothing; {one.needs}")

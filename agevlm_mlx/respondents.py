@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 
 from . import config, hub, weights
 from .data.image import load_image
-from .errors import UserError
+from .errors import UserError, one_line
 from .evaluation.asking import Asker
 from .evaluation.respondent import Looked, Request, Respondent, model_name
 from .generation import batch_answers
@@ -29,8 +29,12 @@ def respondent(model: str | None) -> Respondent:
     A model whose ``config.json`` is not one of ours is opened with mlx-vlm.
     """
     if model is not None:
-        folder = Path(model).expanduser()
-        if not folder.exists():
+        try:
+            folder = Path(model).expanduser()
+            there = folder.exists()
+        except (OSError, RuntimeError, ValueError) as error:  # too long, a ~user unknown here
+            raise UserError(f"--model: expected a folder or hub id: {one_line(error)}") from None
+        if not there:
             folder = hub.download(model, ["config.json"])
         about = folder / "config.json"
         kind = config.read_json(about) if about.is_file() else {}

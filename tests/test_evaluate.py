@@ -329,6 +329,9 @@ def test_every_benchmark_is_listed_in_the_help(capsys):
         (("--benchmark", "pop"), "--benchmark: expected one of scenes"),
         (("--data", "nowhere"), "agevlm scenes --out nowhere"),
         (("--model", "nowhere/at/all"), "nowhere/at/all"),
+        (("--model", "~nosuchuser/x"), "--model: expected a folder or hub id"),
+        (("--model", "x" * 300), "--model: expected a folder or hub id"),
+        (("--max-tokens", "1000000000000"), "--max-tokens: expected less than 2^31"),
         (("--limit", "0"), "--limit"),
         (("--limit", "-3"), "--limit"),
         (("--prompt", "Yes or no?"), "--prompt: expected '{question}'"),
@@ -365,6 +368,18 @@ def test_a_folder_without_scenes_says_what_is_missing_and_where_to_get_it(
     assert "--benchmark: expected one of" in capsys.readouterr().err
     assert main(["--benchmark", "pope"]) == 2
     assert "--data: expected" in capsys.readouterr().err
+
+
+def test_a_question_of_absurd_length_is_named(command, data, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(data, copy)
+    command[command.index("--data") + 1] = str(copy)
+    lines = (copy / "pope_random.json").read_text().splitlines()
+    long = json.loads(lines[2]) | {"text": "Is there a " + "very " * 9000 + "big dog?"}
+    (copy / "pope_random.json").write_text("\n".join([*lines[:2], json.dumps(long), *lines[3:]]))
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert "pope_random.json:3: expected at most 8000 characters to ask, got 45" in error
 
 
 @pytest.mark.chaos

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..data.records import CAPTION_PROMPT
+from ..data.scene_texts import presence_question
 from ..evaluation import metrics, yes_no
 from ..evaluation.benchmark import Benchmark, Given, Item, Scores
 from ..evaluation.scene_folder import (
@@ -36,6 +37,8 @@ _LOOKS = {
     "energy_in_mask": "energy",
     "energy_in_mask_half_heads": "energy_half_heads",
     "uniform_energy": "uniform",
+    "centre_pointing_game": "centre_hit",
+    "centre_energy": "centre",
     "attention_on_image": "on_image",
 }
 
@@ -94,24 +97,29 @@ def _matching(folder: SceneFolder) -> Iterator[Item]:
 
 
 def _looks(scene: SceneItem, nouns: metrics.NounVocabulary) -> Iterator[Item]:
-    """The noun of each question about something that is there."""
+    """The noun of each question about something that is there; and another thing of the picture,
+    which is not scored but shows where another word looks (the control)."""
     there: dict[str, Question] = {}
     for question in (q for split in POPE_SPLITS for q in scene.questions[split]):
         if question.label == "yes":
             there.setdefault(question.text, question)
+    asked = set()
     for question in there.values():
         for noun in nouns.mentions(question.text)[:1]:
             as_it_is = rf"(?<!\w){re.escape(noun)}(?!\w)"  # not its plural
             if noun in scene.objects and re.search(as_it_is, question.text, re.IGNORECASE):
-                yield _item(
-                    scene,
-                    f"look:{question.where}",
-                    question.text,
-                    kind="look",
-                    phrase=noun,
-                    mask=partial(scene.mask, noun),
-                    about={"task": "grounding"},
-                )
+                asked.add(noun)
+                yield _look(scene, question.where, question.text, noun, "grounding")
+    others = [noun for noun in scene.objects if noun not in asked]
+    if asked and others:
+        question = presence_question(others[0], True)
+        yield _look(scene, f"{scene.name}:{others[0]}", question, others[0], "another word")
+
+
+def _look(scene: SceneItem, where: str, question: str, noun: str, task: str) -> Item:
+    mask = partial(scene.mask, noun)
+    key, about = f"look:{where}", {"task": task}
+    return _item(scene, key, question, kind="look", phrase=noun, mask=mask, about=about)
 
 
 def score(given: Sequence[Given], scores: Scores) -> None:
@@ -137,7 +145,7 @@ def _score_matching(given: Sequence[Given], scores: Scores) -> None:
     for column, suffix in ((1, ""), (2, "_hard")):
         if pairs := [g for g in given if len(g.scores) > column]:
             true, other = (np.array([g.scores[n] for g in pairs]) for n in (0, column))
-            scores.auroc(f"matching_auroc{suffix}", pairs, true, other)
+            scores.auroc(f"matching_auroc{suffix}", pairs, true, pairs, other)
             wins = (true > other) + 0.5 * (true == other)
             scores.mean(f"matching_win_rate{suffix}", pairs, wins)
 
@@ -176,6 +184,8 @@ BENCHMARK = Benchmark(
         "pointing_game",
         "energy_in_mask",
         "uniform_energy",
+        "centre_pointing_game",
+        "centre_energy",
     ),
     max_tokens=48,
 )

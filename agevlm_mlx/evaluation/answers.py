@@ -45,7 +45,8 @@ def _check(row: Any) -> None:
     good = isinstance(row, dict) and all(isinstance(row.get(name), str) for name in texts)
     good = good and row.get("kind") in kinds and isinstance(row.get("about"), dict)
     good = good and isinstance(row.get("image", 0), str | None) and _all(row.get("options"), str)
-    good = good and isinstance(row.get("look", {}), dict)
+    looks = (row.get("look", {}), row.get("shuffled_look", {})) if good else ()
+    good = good and all(isinstance(look, dict) for look in looks)
     if not good:
         raise ValueError
     for way in ("", "blind_", "shuffled_"):

@@ -226,11 +226,12 @@ class Asker:
 
     def _place(self, question: str, noun: str) -> tuple[list[int], list[int]]:
         """Token ids of the question as asked, and the positions of the noun in them."""
-        # Not \b, which finds no "C++": both ends of a word need not be letters.
-        found = re.search(rf"(?<!\w){re.escape(noun)}(?!\w)", question, re.IGNORECASE)
-        if found is None:
+        # Not \b, which finds no "C++": both ends of a word need not be letters. The last one, as
+        # questions end with what they are about ("Where is the where?").
+        found = [*re.finditer(rf"(?<!\w){re.escape(noun)}(?!\w)", question, re.IGNORECASE)][-1:]
+        if not found:
             raise ValueError(f"{noun!r} is not in {question!r}")
-        phrase = Phrase(found.group(), 0, *found.span())
+        phrase = Phrase(found[0].group(), 0, *found[0].span())
         encoded = chat.encode(
             self.tokenizer, (Turn("user", question), Turn("assistant", "Yes")), (phrase,)
         )

@@ -127,14 +127,23 @@ class Scores:
         self._from[name] = int(np.count_nonzero(bottom))
 
     def auroc(
-        self, name: str, given: Sequence[Given], positive: metrics.Numbers, other: metrics.Numbers
+        self,
+        name: str,
+        positive: Sequence[Given],
+        positive_scores: metrics.Numbers,
+        negative: Sequence[Given],
+        negative_scores: metrics.Numbers,
     ) -> None:
-        """AUROC of one positive and one other score for each of `given`, whose units differ."""
-        at = [self._place[one.item.unit] for one in given]
-        p, n = np.asarray(positive, np.float64), np.asarray(other, np.float64)
-        draws = metrics.auroc_draws(p, n, self._draws[:, at]) if at else None
-        self.put(name, metrics.auroc(p, n), draws)
-        self._from[name] = len(set(at))
+        """AUROC of the scores of some answers over those of others (the same ones, where each has
+        one of both); nothing without any of either."""
+        if not positive or not negative:
+            return
+        p, n = ([self._place[one.item.unit] for one in side] for side in (positive, negative))
+        draws = metrics.auroc_draws(
+            positive_scores, negative_scores, self._draws[:, p], self._draws[:, n]
+        )
+        self.put(name, metrics.auroc(positive_scores, negative_scores), draws)
+        self._from[name] = min(len(set(p)), len(set(n)))
 
     def derive(self, name: str, function: Callable[..., Any], *names: str) -> None:
         """A number made from others, as 100 * (a + b): `function` of values and of draws alike."""

@@ -283,13 +283,26 @@ def ratio_draws(numerator: np.ndarray, denominator: np.ndarray, draws: Weights) 
     return np.where(bottom > 0, top / np.where(bottom > 0, bottom, 1), np.nan)
 
 
-def auroc_draws(positive: np.ndarray, negative: np.ndarray, draws: Weights) -> np.ndarray:
-    """AUROC under each draw, from one positive and one negative score per image (f[images]); nan
-    under a draw of none of them."""
-    p, n = np.asarray(positive, np.float64)[:, None], np.asarray(negative, np.float64)[None]
-    wins = (p > n) + 0.5 * (p == n)
-    pairs = draws.sum(1) ** 2
-    return np.where(pairs > 0, ((draws @ wins) * draws).sum(1) / np.maximum(pairs, 1), np.nan)
+def auroc_draws(
+    positive: Numbers, negative: Numbers, positive_draws: Weights, negative_draws: Weights
+) -> np.ndarray:
+    """AUROC under each draw, f64[boots]; nan where no positive or no negative is drawn.
+
+    positive_draws, negative_draws: f64[boots scores], how often each score was drawn.
+    """
+    p, n = np.asarray(positive, np.float64), np.asarray(negative, np.float64)
+    order = np.argsort(n, kind="stable")
+    low, high = (np.searchsorted(n[order], p, side=side) for side in ("left", "right"))
+    found = []
+    for start in range(0, len(positive_draws), 100):  # thousands of scores in little memory
+        part = slice(start, start + 100)
+        below = np.cumsum(negative_draws[part][:, order], axis=1)
+        below = np.concatenate([np.zeros((len(below), 1)), below], axis=1)
+        weights = positive_draws[part]
+        wins = (weights * (below[:, low] + below[:, high])).sum(1) / 2
+        pairs = weights.sum(1) * below[:, -1]
+        found.append(np.where(pairs > 0, wins / np.maximum(pairs, 1), np.nan))
+    return np.concatenate(found)
 
 
 def per_image(images: Sequence[int], values: Numbers, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -209,7 +209,7 @@ class Run:
             if one.partner is not None:
                 one.row["shuffled_image"] = shown(one.partner, self.folder)
         by_kind = {kind: [one for one in asked if one.item.kind == kind] for kind in get_args(Kind)}
-        self._look(by_kind["look"])
+        self._look(by_kind["look"], chunk)
         self._score(by_kind["choice"], self.respondent.options)
         self._score(by_kind["likelihood"], self.respondent.log_likelihood)
         for one in by_kind["look"] + by_kind["likelihood"]:
@@ -226,12 +226,25 @@ class Run:
         template = self.settings.prompt or self.benchmark.prompt
         return template.replace("{question}", item.prompt)
 
-    def _look(self, asked: Sequence[_Asked]) -> None:
-        phrases = [one.item.phrase for one in asked]
-        requests = [Request(one.item.image, one.prompt) for one in asked]
-        found = self.respondent.look(requests, phrases) if asked else []
-        for one, looked in zip(asked, found, strict=True):
-            one.row["look"] = {} if looked is None else _measured(one.item, looked)
+    def _look(self, asked: Sequence[_Asked], chunk: Sequence[Item]) -> None:
+        """Where phrases look, and for the control where another phrase about the same image does.
+
+        All phrases of an image are asked for, also where only some have no answer yet.
+        """
+        wanted = {one.item.image for one in asked}
+        items = [item for item in chunk if item.kind == "look" and item.image in wanted]
+        requests = [Request(item.image, item.prompt) for item in items]
+        found = self.respondent.look(requests, [i.phrase for i in items]) if items else []
+        looked = dict(zip((item.key for item in items), found, strict=True))
+        for one in asked:
+            alike = [i for i in items if i.image == one.item.image]
+            start = alike.index(one.item)
+            others = (i for i in alike[start:] + alike[:start] if i.phrase != one.item.phrase)
+            other = next(others, None)
+            one.row["look"] = _measured(one.item, looked[one.item.key])
+            if other is not None:
+                one.row["shuffled_phrase"] = other.phrase
+                one.row["shuffled_look"] = _measured(one.item, looked[other.key])
 
     def _score(
         self,
@@ -324,11 +337,11 @@ def shown(image: Path, folder: Path) -> str:
     return image.relative_to(folder).as_posix() if image.is_relative_to(folder) else image.name
 
 
-def _measured(item: Item, looked: Looked) -> dict[str, Any]:
-    mask = item.mask() if item.mask is not None else None
-    if mask is None:
+def _measured(item: Item, looked: Looked | None) -> dict[str, Any]:
+    """A look against the item's mask; {} where the model cannot say, or sees nothing of it."""
+    if looked is None or item.mask is None:
         return {}
-    found = pointing.measures(looked.attention, mask, looked.geometry, looked.null)
+    found = pointing.measures(looked.attention, item.mask(), looked.geometry, looked.null)
     if found:
         mean = looked.attention.mean((0, 1)).ravel()
         found["map"] = [round(float(value), 5) for value in mean]

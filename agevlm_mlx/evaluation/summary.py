@@ -21,6 +21,7 @@ def table(report: Mapping[str, Any], benchmark: Benchmark, everything: bool = Fa
         f"{report['benchmark']}: {counts['items']} items about {counts['images']} images, "
         f"{report['seconds']:.0f} s",
         f"model {model['path']} ({model['fingerprint']}, {model['fusion']})",
+        _asked(report["settings"], report["versions"]),
     ]
     if counts["bad"]:
         lines.append(f"left out as unusable: {counts['bad']}")
@@ -50,6 +51,17 @@ def table(report: Mapping[str, Any], benchmark: Benchmark, everything: bool = Fa
         if not everything and len(shown) < len(values):
             lines.append(f"  ({len(values) - len(shown)} more with --all)")
     return "\n".join(lines)
+
+
+def _asked(settings: Mapping[str, Any], versions: Mapping[str, str]) -> str:
+    longest = dict.fromkeys((settings["max_tokens"], settings["text_tokens"]))
+    shown = ", ".join(
+        f"{name} {versions[name]}" for name in ("agevlm-mlx", "mlx") if name in versions
+    )
+    return (
+        f"asked {settings['prompt']!r}, {settings['decoding']}, at most "
+        f"{' or '.join(map(str, longest))} tokens; 95 % intervals, each by itself; {shown}"
+    )
 
 
 def _number(value: float | None) -> str:

@@ -61,6 +61,6 @@ def score(name: str, given: Sequence[Given], scores: Scores, positive: str = "ye
     scores.mean(f"{name}.{positive}_ratio", given, said)
     if given and all(one.scores for one in given):
         yes, no = (OPTIONS.index(option) for option in OPTIONS)
-        margin = np.array([one.scores[yes] - one.scores[no] for one in given])
-        is_yes = np.array([one.item.label == "yes" for one in given])
-        scores.put(f"{name}.auroc", metrics.auroc(margin[is_yes], margin[~is_yes]))
+        sides = [[one for one in given if one.item.label == label] for label in OPTIONS]
+        margins = [[one.scores[yes] - one.scores[no] for one in side] for side in sides]
+        scores.auroc(f"{name}.auroc", sides[0], margins[0], sides[1], margins[1])

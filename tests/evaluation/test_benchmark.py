@@ -45,7 +45,7 @@ def test_few_units_have_no_interval():
     scores.mean("four", GIVEN[:7], [1, 0, 1, 0, 1, 0, 1])
     scores.mean("all", GIVEN, np.ones(9))
     scores.derive("both", np.add, "four", "all")
-    scores.auroc("ranked", GIVEN[5:], [1] * 4, [0] * 4)
+    scores.auroc("ranked", GIVEN, [1] * 9, GIVEN[5:], [0] * 4)
     assert scores["four"] == pytest.approx(4 / 7)
     assert scores.interval("four") is scores.interval("both") is scores.interval("ranked") is None
     assert scores.drawn("four") is None
@@ -64,9 +64,11 @@ def test_what_is_put_without_draws_has_no_interval_and_makes_none():
 def test_auroc_with_units_drawn():
     scores = Scores(UNITS, boots=100)
     given = [GIVEN[n] for n in (0, 2, 5, 6, 7)]
-    scores.auroc("auroc", given, [3, 2, 1, 5, 5], [0, 2, 2, 4, 4])
+    scores.auroc("auroc", given, [3, 2, 1, 5, 5], given, [0, 2, 2, 4, 4])
     assert scores["auroc"] == pytest.approx((3 + 2 + 1 + 5 + 5) / 25)
     assert len(scores.drawn("auroc")) == 100
+    scores.auroc("none", given, [1] * 5, [], [])
+    assert "none" not in scores
 
 
 def test_lengths_that_differ_are_an_error():

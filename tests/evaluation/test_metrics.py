@@ -195,16 +195,15 @@ def test_questions_about_one_image_do_not_narrow_the_interval():
 
 def test_auroc_draws_agree_with_auroc():
     rng = np.random.default_rng(2)
-    positive, negative = rng.normal(1, 1, 30).round(1), rng.normal(0, 1, 30).round(1)
-    every_image_once = np.ones((1, 30))
-    drawn = metrics.auroc_draws(positive, negative, every_image_once)[0]
-    assert drawn == pytest.approx(metrics.auroc(positive, negative))
-    twice = np.zeros((1, 30))
-    twice[0, 3], twice[0, 7] = 2, 1
-    picked = [3, 3, 7]
-    assert metrics.auroc_draws(positive, negative, twice)[0] == pytest.approx(
-        metrics.auroc(positive[picked], negative[picked])
-    )
+    positive, negative = rng.normal(1, 1, 30).round(1), rng.normal(0, 1, 20).round(1)
+    draws = rng.integers(0, 4, (250, 30)), rng.integers(0, 4, (250, 20))
+    draws[0][7], draws[1][9] = 0, 0
+    drawn = metrics.auroc_draws(positive, negative, *draws)
+    assert drawn.shape == (250,)
+    for b in range(250):
+        p, n = np.repeat(positive, draws[0][b]), np.repeat(negative, draws[1][b])
+        expected = metrics.auroc(p, n) if len(p) and len(n) else np.nan
+        assert drawn[b] == pytest.approx(expected, nan_ok=True)
 
 
 def test_paired_difference_is_narrower_than_two_intervals():

@@ -312,6 +312,39 @@ def test_a_broken_picture_stops_the_run_or_is_left_out(pictures, tmp_path):
     assert bad not in {row["image"] for row in rows} | {row.get("shuffled_image") for row in rows}
 
 
+def test_where_another_phrase_looks_is_the_control(pictures, tmp_path):
+    class Looking(Scripted):
+        """Looks at the first cell for "red", at the last one for others."""
+
+        def look(self, requests, phrases):
+            found = super().look(requests, phrases)
+            for one, phrase in zip(found, phrases, strict=True):
+                if phrase != "red":
+                    one.attention[:] = one.attention[..., ::-1, ::-1].copy()
+            return found
+
+    first = next(item for item in everything(pictures) if item.kind == "look")
+    second = replace(first, key="second", prompt="Is it blue?", phrase="blue")
+    alone = replace(first, key="alone", unit="other", image=pictures[1])
+    with AnswerFile(tmp_path / "answers.jsonl") as answers:
+        Run(Looking(sees), BENCHMARK, Settings(), answers).ask([first, second, alone])
+        rows = answers.rows
+    assert (rows[first.key]["look"]["hit"], rows["second"]["look"]["hit"]) == (True, False)
+    shuffled = rows[first.key]["shuffled_look"], rows["second"]["shuffled_look"]
+    assert [look["hit"] for look in shuffled] == [False, True]
+    assert rows[first.key]["shuffled_phrase"] == "blue"
+    assert "shuffled_look" not in rows["alone"]
+    scored = scoring.score(BENCHMARK, list(rows.values()), ["other", first.unit], 10, 0)
+    assert scored["look"]["hit"] == pytest.approx(2 / 3)
+    assert scored["shuffled.look"]["hit"] == 0.5
+    # One of them asked again is measured against the other, which is asked along.
+    kept = dict(rows[first.key])
+    with AnswerFile(tmp_path / "answers.jsonl") as answers:
+        answers.replace([rows["second"], rows["alone"]])
+        Run(Looking(sees), BENCHMARK, Settings(), answers).ask([first, second, alone])
+        assert answers.rows[first.key] == kept
+
+
 def test_one_picture_has_no_other_one_beside_it(pictures, tmp_path):
     scored, *_ = ask(questions(pictures[:1]), sees, tmp_path)
     assert scored["text"]["accuracy"] == 1.0

@@ -231,7 +231,7 @@ def test_always_yes_is_wrong_in_existence(items):
     assert scores["discriminative.recall"] == scores["discriminative.precision"] == 0
 
 
-def test_score(items):
+def test_score(items, few):
     said = ["A dog under the sky.", "A TV and a road."]  # 1 of 4 nouns is not there
     scores = scored(items, [*said, *ANSWERS])
     assert scores["score"] == (100 - 25 + 50) / 2

@@ -328,7 +328,7 @@ def test_another_pictures_caption_is_judged_by_this_ones_objects(folder: Path):
     assert (numbers["chair_i"], numbers["chair_s"], numbers["recall"]) == (1, 1, 0)
 
 
-def test_the_interval_is_over_pictures(folder: Path):
+def test_the_interval_is_over_pictures(folder: Path, few):
     items, _ = read(folder)
     scores = Scores(sorted(item.unit for item in items))
     given = [Given(items[0], "a cat"), Given(items[1], "a cat"), Given(items[2], "a toilet")]

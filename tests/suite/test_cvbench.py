@@ -163,7 +163,7 @@ def scored(items: Sequence[Item], answers: Sequence[str]) -> Scores:
 ADE, COCO, OMNI = ("ADE20K", "Count", "A"), ("COCO", "Relation", "B"), ("Omni3D", "Depth", "A")
 
 
-def test_the_formula_by_hand():
+def test_the_formula_by_hand(few):
     """ADE20K 1 of 4, COCO 1 of 2, Omni3D 2 of 3, one answer without an option.
 
     2D (1/4 + 1/2) / 2 = 3/8; all (3/8 + 2/3) / 2 = 25/48. By questions it is 4/9.

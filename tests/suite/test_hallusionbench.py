@@ -166,7 +166,7 @@ def test_a_wrong_answer_without_the_chart_costs_its_question_but_no_figure(items
     assert three(scores, "image") == [1, 1, 1]
 
 
-def test_the_labels_are_all_right_and_sets_are_drawn(items):
+def test_the_labels_are_all_right_and_sets_are_drawn(items, few):
     scores = scored(items, lambda item: item.label)
     assert three(scores, "image") == three(scores, "all") == [1, 1, 1]
     assert {item.unit for item in items} == {"VD/illusion/0", "VS/chart/0", "VD/ocr/0"}

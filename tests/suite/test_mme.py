@@ -195,7 +195,7 @@ def scored(given: list[Given]) -> Scores:
     return scores
 
 
-def test_scores_by_hand():
+def test_scores_by_hand(few):
     """existence: 5 of 8 questions, 2 of 4 pictures; OCR: 3 of 4 questions, 1 of 2 pictures."""
     existence = pairs("existence", [(True, True), (True, False), (False, False), (True, True)])
     ocr = pairs("OCR", [(True, True), (False, True)])

@@ -118,10 +118,10 @@ def test_matching_by_hand():
 
 
 def test_looks_by_hand():
-    halves = {"hit_half_heads": True, "energy_half_heads": 0.5, "on_image": 0.75}
+    halves = {"hit_half_heads": True, "energy_half_heads": 0.5, "on_image": 0.75, "centre": 0.1}
     looks = [
-        {"hit": True, "near": True, "energy": 0.6, "uniform": 0.1, **halves},
-        {"hit": False, "near": True, "energy": 0.2, "uniform": 0.3, **halves},
+        {"hit": True, "near": True, "energy": 0.6, "uniform": 0.1, "centre_hit": True, **halves},
+        {"hit": False, "near": True, "energy": 0.2, "uniform": 0.3, "centre_hit": False, **halves},
     ]
     given = [Given(item("a", "look", "grounding"), look=look) for look in looks]
     scores = scored([*given, Given(item("b", "look", "grounding"))])  # a hidden one has none
@@ -132,6 +132,9 @@ def test_looks_by_hand():
     assert scores["uniform_energy"] == pytest.approx(0.2)
     assert scores["energy_gain"] == pytest.approx(2.0)
     assert scores["attention_on_image"] == 0.75
+    assert (scores["centre_pointing_game"], scores["centre_energy"]) == (0.5, pytest.approx(0.1))
+    another = scored([*given, Given(item("a", "look", "another word"), look=looks[1])])
+    assert another.nested() == scores.nested()  # it is there for the control alone
 
 
 def test_only_what_was_answered_is_scored():
@@ -325,7 +328,10 @@ def test_every_question_of_every_split_is_an_item(data, folder):
     assert len({one.key for one in items}) == len(items)
     assert {one.unit for one in items} == {scene.name for scene in folder.items}
     kinds = Counter(one.kind for one in items)
-    assert kinds["likelihood"] == kinds["text"] == kinds["look"] == IMAGES
+    assert kinds["likelihood"] == kinds["text"] == IMAGES
+    tasks = Counter(one.about["task"] for one in items if one.kind == "look")
+    assert tasks["grounding"] == IMAGES
+    assert tasks["another word"] == sum(len(scene.objects) > 1 for scene in folder.items)
     pope = [one for one in items if one.kind == "choice"]
     assert Counter(one.about["split"] for one in pope) == dict.fromkeys(POPE_SPLITS, 2 * IMAGES)
     lines = (data / "pope_adversarial.json").read_text().splitlines()
@@ -496,6 +502,6 @@ def test_one_picture_has_nothing_to_be_told_from(data, tmp_path):
         path = copy / f"pope_{split}.json"
         path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
     kinds = Counter(one.kind for one in read(copy))
-    assert kinds == {"choice": kinds["choice"], "text": 1, "look": 1}
+    assert kinds == {"choice": kinds["choice"], "text": 1, "look": 2}
     with pytest.raises(UserError, match="at least two images"):
         read_scene_folder(copy)
