@@ -117,7 +117,9 @@ def _folder(data: str | None) -> Path:
             return folder
         is_file = folder.exists()
     except (OSError, RuntimeError, ValueError) as error:  # too long, a ~user unknown here, a NUL
-        raise UserError(f"--data: expected a folder: {errors.one_line(error)}") from None
+        raise UserError(
+            f"--data: expected a folder or a hub id like org/name: {errors.one_line(error)}"
+        ) from None
     if is_file:
         raise UserError(f"--data: expected a folder, got the file {data}; pass the folder it is in")
     if data.count("/") != 1 or data.startswith((".", "/", "~")):
@@ -137,14 +139,16 @@ def _evaluate(
         report = result.evaluate(one, items, settings, out, bar.show)
     except KeyboardInterrupt:
         bar.end()
-        kept = "what is answered is kept; the same command goes on from there"
-        print(f"\n{one.name}: {kept}", file=sys.stderr)
+        kept = f"{bar.done} of {len(items)} items are answered and kept"
+        print(f"\n{one.name}: {kept}; the same command goes on from there", file=sys.stderr)
         raise
     finally:
         bar.end()
-    if report["answered_before"]:
-        before, total = report["answered_before"], report["counts"]["items"]
+    before, total = report["answered_before"], report["counts"]["items"]
+    if before:
         print(f"{one.name}: {before} of {total} items were answered before")
+    if report["asked_again"]:
+        print(f"{one.name}: {report['asked_again']} were asked again, as their data have changed")
     print(table(report, one, everything))
     print(
         f"written: {out.result(one)}, {out.answers(one).name} ({report['counts']['items']} answers)"
@@ -201,9 +205,10 @@ class _Progress:
         self._name = name
         self._first: tuple[int, float] | None = None
         self._shown = False
+        self.done = 0
 
     def show(self, done: int, total: int) -> None:
-        now = time.perf_counter()
+        now, self.done = time.perf_counter(), done
         if self._first is None:
             self._first = done, now
         before, start = self._first

@@ -1,6 +1,7 @@
 """`agevlm evaluate`: what it prints, what it writes, and what it says about bad input."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -171,7 +172,10 @@ def test_only_what_was_changed_is_asked_again(command, data, tmp_path, capsys):
     capsys.readouterr()
     assert main([*command, "--batch-size", "2", "--skip-bad"]) == 0
     # Captions that were told from the one of the picture that is gone are asked again as well.
-    assert len(kept) - 4 <= result(tmp_path)["answered_before"] < len(kept)
+    again = result(tmp_path)["asked_again"]
+    assert 0 < again < 4
+    assert result(tmp_path)["answered_before"] == len(kept) - again
+    assert f"scenes: {again} were asked again" in capsys.readouterr().out
     assert result(tmp_path)["counts"]["images"] == IMAGES - 1
     broken.write_bytes(whole)
     assert main([*command, "--batch-size", "2"]) == 0
@@ -182,6 +186,27 @@ def test_only_what_was_changed_is_asked_again(command, data, tmp_path, capsys):
     assert main([*command, "--batch-size", "2"]) == 0
     found = result(tmp_path)
     assert found["answered_before"] == found["counts"]["items"] * (IMAGES - 1) // IMAGES
+
+
+def test_answers_about_pictures_that_are_away_stay(command, data, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(data, copy)
+    command[command.index("--data") + 1] = str(copy)
+    assert main(command) == 0
+    whole = result(tmp_path)
+    away = sorted((copy / "images").iterdir())[0]
+    away.rename(tmp_path / "away.png")
+    assert main([*command, "--skip-bad"]) == 0
+    assert result(tmp_path)["counts"]["images"] == IMAGES - 1
+    assert result(tmp_path)["not_asked"]
+    path = str(tmp_path / "results" / "scenes-mine.json")
+    assert main(["--compare", path, path]) == 0
+    (tmp_path / "away.png").rename(away)
+    assert main(command) == 0
+    now = result(tmp_path)
+    assert now["counts"]["images"] == IMAGES
+    assert now["answered_before"] >= whole["counts"]["items"] - 4
+    assert now["not_asked"] == []
 
 
 def test_answers_to_other_data_are_not_dropped(command, tmp_path, capsys):
@@ -220,7 +245,7 @@ def broken_off(command: list[str], monkeypatch: pytest.MonkeyPatch, after: int =
 def test_a_run_that_was_broken_off_goes_on(command, tmp_path, capsys, monkeypatch):
     broken_off(command, monkeypatch)
     told = capsys.readouterr().err
-    assert "the same command goes on from there" in told
+    assert re.search(r"scenes: \d+ of \d+ items are answered and kept; the same command", told)
     assert result(tmp_path)["finished"] is None
     kept = (tmp_path / "results" / "scenes-mine.jsonl").read_text().splitlines()
     assert kept

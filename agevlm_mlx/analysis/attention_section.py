@@ -18,12 +18,10 @@ from .page import Model, cell, chip, folded, number, percent, plot, span, table
 
 #: Side of a picture on the page, in pixels, and how many maps of one are shown.
 SIDE, TILES = 168, 4
-_BASELINES = {
-    "uniform": "even attention",
-    "centre": "centre of the picture",
-    "shuffled": "another phrase's map",
-    "image_only": "the picture's mean map",
-}
+#: What needs no model, and what is made of a model's own maps.
+_COMMON = {"uniform": "even attention", "centre": "centre of the picture"}
+_OWN = {"shuffled": "another phrase's map", "image_only": "the picture's mean map"}
+_BASELINES = _COMMON | _OWN
 _LOOKS = {
     "energy": "attention inside the thing",
     "hit": "pointing game",
@@ -62,10 +60,10 @@ def looking(models: Sequence[Model], captions: Mapping[str, str]) -> str:
         f"{first['images']} pictures, where does the attention of the noun go?{left} "
         "The map is the mean over all looking layers and heads.</p>"
         + plot(figures.bars("attention", _look_panels(models)))
-        + "<p><small>Bars in grey are what no skill gives: even attention (for the pointing game a "
-        "random point), the middle of the picture, the map of another phrase about the same "
-        "picture, and the mean of all its maps, which knows the picture but not the phrase."
-        "</small></p>" + _heads(models) + _measures(models) + _cards(models, captions)
+        + "<p><small>Bars in grey are what no skill gives: for each model another phrase's map "
+        "about the same picture, and the mean of all its maps, which knows the picture but not the "
+        "phrase; at the end even attention (in the pointing game a random point) and the middle of "
+        "the picture.</small></p>" + _heads(models) + _measures(models) + _cards(models, captions)
     )
 
 
@@ -79,10 +77,14 @@ def _look_panels(models: Sequence[Model]) -> list[figures.Panel]:
             if found["best_head"]:
                 best = number(found["best_head"])
                 items.append(Bar(f"{model.name}, best head", best, model.n))
+            items += [
+                Bar(text, number(found["baselines"][key]), None, shade)
+                for shade, (key, text) in enumerate(_OWN.items(), 2)
+            ]
         base = models[0].data["attention"]["measures"][name]["baselines"]
         items += [
             Bar(text, number(base[key]), None, shade)
-            for shade, (key, text) in enumerate(_BASELINES.items())
+            for shade, (key, text) in enumerate(_COMMON.items())
         ]
         panels.append((title, items, None))
     return panels

@@ -5,6 +5,7 @@ from html import escape
 from typing import Any
 
 from . import figures
+from .matching import STATES_OF
 from .page import Model, cell, chip, folded, number, plot, table
 
 _SHOWN = {"log_p": "log p(caption | image)", "pmi": "PMI", "yes": "log P(yes) / P(no)"}
@@ -35,8 +36,8 @@ def section(models: Sequence[Model]) -> str:
         "<h2>Does it tell a matching caption from another?</h2>"
         f"<p>Each picture meets its own caption, those of {first['others']} other pictures, and "
         f"its own with one noun exchanged for a related one that is not there ({first['hard']} of "
-        f"{first['images']} pictures have one). The less two areas overlap, the better the model "
-        "tells the pairs apart.</p>"
+        f"{first['images']} pictures have one). Cosines are of at most {STATES_OF} other captions. "
+        "The less two areas overlap, the better the model tells the pairs apart.</p>"
         + plot(figures.distributions("distributions", titles, rows))
         + _aurocs(models, kinds)
         + folded("All numbers", _separations(models, kinds))
@@ -75,7 +76,11 @@ def _last(part: Mapping[str, Any], way: str) -> Any:
 
 
 def _cell_of(found: Any, kind: str, metric: str) -> str:
-    return cell(found[kind][metric] if found else None)
+    if not found or metric != "recall_at_1":
+        return cell(found[kind][metric] if found else None)
+    # Of how many captions it is the first, and so what guessing gives, differs from row to row.
+    chance = f" <small>chance {found[kind][metric]['no_skill']:.2f}</small></td>"
+    return cell(found[kind][metric]).replace("</td>", chance)
 
 
 def _style(name: str) -> str:
@@ -113,8 +118,7 @@ def _separations(models: Sequence[Model], kinds: Sequence[tuple[str, str]]) -> s
                     f'<tr{_style(name)}><th scope="row">{label}</th><td>{chip(model)}</td>'
                     f"{cells}</tr>"
                 )
-        guess = models[0].data["matching"]["scores"]["log_p"][kind]["recall_at_1"]["no_skill"]
-        cells = "".join(f"<td>{text or f'{guess:.2f}'}</td>" for *_, text in _METRICS)
+        cells = "".join(f"<td>{text}</td>" for *_, text in _METRICS)
         rows.append(f'<tr class="quiet"><th scope="row">no skill</th><td></td>{cells}</tr>')
     return table(head, rows)
 

@@ -165,7 +165,6 @@ def _histograms(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
     """f64[n bins]: of each row of f[n K], how many values lie in each bin; the last is closed."""
     bins = len(edges) - 1
     valid = np.isfinite(values)
-    at = np.clip(
-        np.searchsorted(edges, np.where(valid, values, edges[0]), "right") - 1, 0, BINS - 1
-    )
+    at = np.searchsorted(edges, np.where(valid, values, edges[0]), "right") - 1
+    at = np.clip(at, 0, bins - 1)
     return np.stack([((at == b) & valid).sum(1) for b in range(bins)], 1).astype(np.float64)

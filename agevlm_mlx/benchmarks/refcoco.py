@@ -34,7 +34,7 @@ import numpy as np
 from ..data.coco import instance_mask
 from ..data.image import open_image
 from ..errors import UserError
-from ..evaluation.benchmark import Benchmark, Given, Item, Scores
+from ..evaluation.benchmark import Benchmark, Given, Item, Scores, mask_key
 from ..evaluation.pickled import read_pickle
 from ..evaluation.source import Source
 from ..evaluation.tables import damage
@@ -178,6 +178,7 @@ def _items(source: Source, dataset: str, one: _Object) -> Iterator[Item]:
     if problem:
         source.bad(one.where, problem)
         return
+    outline = mask_key(one.annotation.get("segmentation"))
     for n, said in enumerate(one.phrases, 1):
         phrase = _phrase(said) if isinstance(said, str) and not damage(said) else ""
         if not phrase:
@@ -191,6 +192,7 @@ def _items(source: Source, dataset: str, one: _Object) -> Iterator[Item]:
             kind="look",
             phrase=phrase,
             mask=mask,
+            mask_key=outline,
             about={"dataset": dataset, "split": one.split},
         )
 

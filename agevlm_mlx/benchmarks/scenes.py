@@ -14,7 +14,7 @@ import numpy as np
 from ..data.records import CAPTION_PROMPT
 from ..data.scene_texts import presence_question
 from ..evaluation import metrics, yes_no
-from ..evaluation.benchmark import Benchmark, Given, Item, Scores
+from ..evaluation.benchmark import Benchmark, Given, Item, Scores, mask_key
 from ..evaluation.scene_folder import (
     NEEDS,
     POPE_SPLITS,
@@ -117,9 +117,16 @@ def _looks(scene: SceneItem, nouns: metrics.NounVocabulary) -> Iterator[Item]:
 
 
 def _look(scene: SceneItem, where: str, question: str, noun: str, task: str) -> Item:
-    mask = partial(scene.mask, noun)
-    key, about = f"look:{where}", {"task": task}
-    return _item(scene, key, question, kind="look", phrase=noun, mask=mask, about=about)
+    return _item(
+        scene,
+        f"look:{where}",
+        question,
+        kind="look",
+        phrase=noun,
+        mask=partial(scene.mask, noun),
+        mask_key=mask_key(scene.objects[noun]),
+        about={"task": task},
+    )
 
 
 def score(given: Sequence[Given], scores: Scores) -> None:

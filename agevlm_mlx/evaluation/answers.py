@@ -76,6 +76,8 @@ class AnswerFile:
             raise UserError(f"{path}: cannot be written: {error.strerror}") from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(self._file.fileno()).st_ino != path.stat().st_ino:
+                raise BlockingIOError  # it was just replaced, by one who holds the new file
             if fresh:
                 self._file.truncate(0)
             self._drop_half_a_line()

@@ -5,6 +5,8 @@ into `Item` s and scores answers. It never sees a model: `run` asks, with an ima
 one and with none, and scores all of these alike.
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +34,8 @@ class Item:
         published ids repeat. unit: what the bootstrap draws, the image unless answers are judged
         together (a pair, a figure's set). label: the right one of `options`, "" if there is none.
         options: in lower case for yes and no. phrase: for ``look``, words of the prompt. mask: for
-        ``look``, called when it is needed: bool[h w], the pixels of the object.
+        ``look``, called when it is needed: bool[h w], the pixels of the object; mask_key: changes
+        when the mask does.
         about: what scoring and a reader need to know besides (JSON); kept with every answer.
     """
 
@@ -45,7 +48,14 @@ class Item:
     options: tuple[str, ...] = ()
     phrase: str = ""
     mask: Callable[[], np.ndarray] | None = field(default=None, compare=False)
+    mask_key: str = ""
     about: Mapping[str, Any] = field(default_factory=dict)
+
+
+def mask_key(outline: Any) -> str:
+    """For `Item.mask_key`, of a mask as a file has it: RLE, polygons, a list of them."""
+    told = json.dumps(outline, default=str, sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,9 @@ def read_result(path: Path) -> tuple[dict[str, Any], list[Row]]:
     answers = path.with_suffix(".jsonl")
     if not answers.is_file():
         raise UserError(f"{path}: expected its answers beside it, in {answers.name}")
-    rows = read_rows(answers)
+    others = result.get("not_asked")
+    others = set(map(str, others)) if isinstance(others, list) else set()
+    rows = [row for row in read_rows(answers) if row["key"] not in others]
     counts = result.get("counts")
     items = counts.get("items") if isinstance(counts, dict) else None
     if items != len(rows):

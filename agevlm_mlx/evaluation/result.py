@@ -57,23 +57,31 @@ def evaluate(
     result_file, answer_file = out.result(benchmark), out.answers(benchmark)
     for path in (result_file, answer_file):
         files.check_writable(path)
-    earlier = {} if out.fresh else _earlier(result_file, answer_file, begun)
     start = time.perf_counter()
     with AnswerFile(answer_file, out.fresh) as answers:
-        _keep_fitting(answers, items, out.data)
-        before = len(answers.rows)
-        seconds = earlier.get("seconds", 0) if before else 0
-        files.write_json(result_file, {**begun, "finished": None, "seconds": seconds})
+        earlier = _earlier(result_file, answers, begun)
+        again = _drop_changed(answers, items, out.data)
+        before = sum(item.key in answers.rows for item in items)
+        seconds = earlier.get("seconds") if before else 0
+        seconds = float(seconds) if isinstance(seconds, int | float) else 0.0
         run = Run(out.model, benchmark, settings, answers, out.data, progress)
-        run.ask(items)
+        files.write_json(result_file, {**begun, "finished": None, "seconds": seconds})
+        try:
+            run.ask(items)
+        except BaseException:
+            spent = seconds + time.perf_counter() - start
+            files.write_json(result_file, {**begun, "finished": None, "seconds": spent})
+            raise
         # Kept answers are judged by the labels of today.
         rows = [
             files.plain(answers.rows[item.key] | begin_row(item, out.data))
             for item in items
             if item.key in answers.rows
         ]
+        asked = {row["key"] for row in rows}
+        others = [row for key, row in answers.rows.items() if key not in asked]
         if any(row != answers.rows[row["key"]] for row in rows):
-            answers.replace(rows)
+            answers.replace([*rows, *others])
     if not rows:
         raise UserError(f"{benchmark.name}: expected at least one item that can be asked, got none")
     units = scoring.units(rows)
@@ -85,6 +93,8 @@ def evaluate(
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": seconds + time.perf_counter() - start,
         "answered_before": before,
+        "asked_again": again,
+        "not_asked": [row["key"] for row in others],
         "versions": versions(),
         "machine": machine(),
         "counts": {
@@ -124,13 +134,13 @@ def _begun(
     }
 
 
-def _earlier(result_file: Path, answer_file: Path, begun: Mapping[str, Any]) -> Mapping[str, Any]:
+def _earlier(result_file: Path, answers: AnswerFile, begun: Mapping[str, Any]) -> Mapping[str, Any]:
     """The result that was begun here before, if there are any answers.
 
     ``UserError`` if they are of another model, or were given to other prompts: they cannot be
     used, and are not thrown away unasked.
     """
-    if not answer_file.is_file() or not answer_file.stat().st_size:
+    if not answers.rows:
         return {}
     try:
         before = config.read_json(result_file)
@@ -138,8 +148,8 @@ def _earlier(result_file: Path, answer_file: Path, begun: Mapping[str, Any]) -> 
         before = None
     if not isinstance(before, dict):
         raise UserError(
-            f"{answer_file}: answers without a readable {result_file.name} beside them, which says "
-            f"to what; {_INSTEAD}"
+            f"{answers.path}: answers without a readable {result_file.name} beside them, which "
+            f"says to what; {_INSTEAD}"
         )
     now, changed = files.plain(begun), ""
     settings, wanted = before.get("settings"), now["settings"]
@@ -153,7 +163,7 @@ def _earlier(result_file: Path, answer_file: Path, begun: Mapping[str, Any]) -> 
             if settings.get(key) != value
         )
     if changed:
-        raise UserError(f"{answer_file}: the answers there are {changed}; {_INSTEAD}")
+        raise UserError(f"{answers.path}: the answers there are {changed}; {_INSTEAD}")
     return before
 
 
@@ -161,22 +171,19 @@ def _earlier(result_file: Path, answer_file: Path, begun: Mapping[str, Any]) -> 
 _INSTEAD = "--fresh replaces them, another --out keeps both"
 
 
-def _keep_fitting(answers: AnswerFile, items: Sequence[Item], folder: Path) -> None:
-    """Drop answers to what is no longer asked: a question that was changed, a picture that is
-    gone. ``UserError`` if that is most of them: then it is other data."""
-    asked = {item.key: item for item in items}
-    kept = [
-        row
-        for key, row in answers.rows.items()
-        if key in asked and still_asked(row, asked[key], folder)
-    ]
-    if 2 * len(kept) < len(answers.rows):
+def _drop_changed(answers: AnswerFile, items: Sequence[Item], folder: Path) -> int:
+    """Drop answers to questions, or about pictures, that are others now, to be asked again; how
+    many. Those to what is not asked now stay. ``UserError`` if most are: then it is other data."""
+    known = [item for item in items if item.key in answers.rows]
+    changed = {i.key for i in known if not still_asked(answers.rows[i.key], i, folder)}
+    if 2 * len(changed) > len(known) or (answers.rows and not known):
         raise UserError(
-            f"{answers.path}: of {len(answers.rows)} answers there {len(kept)} are to what is "
-            f"asked now, about pictures that are the same; {_INSTEAD}"
+            f"{answers.path}: of {len(answers.rows)} answers there {len(known) - len(changed)} are "
+            f"to what is asked now, about pictures that are the same; {_INSTEAD}"
         )
-    if len(kept) < len(answers.rows):
-        answers.replace(kept)
+    if changed:
+        answers.replace(row for key, row in answers.rows.items() if key not in changed)
+    return len(changed)
 
 
 def _fingerprint(result: Mapping[str, Any]) -> Any:

@@ -9,6 +9,7 @@ is bounded and a run that was broken off goes on where it stopped and ends with 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
@@ -119,15 +120,22 @@ def partners(units: Mapping[Path, str], seed: Sequence[int]) -> dict[Path, Path]
 
     Within a unit another image may be the very counter-question (MMVP, Winoground).
     """
-    groups: dict[str, list[Path]] = {}
-    for image, unit in units.items():
-        groups.setdefault(unit, []).append(image)
-    order = np.random.default_rng(list(seed)).permutation(len(groups))
-    listed = list(groups.values())
-    line = [image for n in order for image in listed[n]]
-    step = max(map(len, listed), default=0)
-    pairs = {image: line[(k + step) % len(line)] for k, image in enumerate(line)}
-    return {image: other for image, other in pairs.items() if units[image] != units[other]}
+    rng, images = np.random.default_rng(list(seed)), list(units)
+    order = rng.permutation(len(images))
+
+    def clash(k: int, other: int) -> bool:
+        return units[images[k]] == units[images[other]]
+
+    for _ in range(100):
+        wrong = [k for k, other in enumerate(order) if clash(k, other)]
+        if not wrong:
+            break
+        for k in wrong:
+            j = int(rng.integers(len(images)))
+            if not clash(k, order[j]) and not clash(j, order[k]):
+                order[k], order[j] = order[j], order[k]
+    pairs = [(k, other) for k, other in enumerate(order) if not clash(k, other)]
+    return {images[k]: images[other] for k, other in pairs}
 
 
 @dataclass(eq=False)
@@ -307,23 +315,38 @@ class Run:
 
 def begin_row(item: Item, folder: Path) -> Row:
     """The part of a row that says what was asked and what is right; `scoring.as_item` reads it."""
-    there = item.image is not None and item.image.is_file()
     row: Row = {
         "key": item.key,
         "unit": item.unit,
         "image": None if item.image is None else shown(item.image, folder),
-        "image_bytes": item.image.stat().st_size if item.image is not None and there else None,
+        "image_sha256": None if item.image is None else _sha256(item.image),
         "kind": item.kind,
         "prompt": item.prompt,
         "label": item.label,
         "options": list(item.options),
         "about": dict(item.about),
     }
-    return row | ({"phrase": item.phrase} if item.phrase else {})
+    looked = {"phrase": item.phrase, "mask": item.mask_key}
+    return row | (looked if item.kind == "look" else {})
+
+
+def _sha256(image: Path) -> str | None:
+    """The first 16 hex digits; None for a file that is gone."""
+    try:
+        about = image.stat()
+        return _digest_of(image, about.st_size, about.st_mtime_ns)
+    except OSError:
+        return None
+
+
+@cache
+def _digest_of(image: Path, size: int, changed: int) -> str:
+    with open(image, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 #: What of a row decides its answer; the rest may be mended without asking again.
-_ASKED = ("kind", "prompt", "options", "phrase", "image", "image_bytes")
+_ASKED = ("kind", "prompt", "options", "phrase", "mask", "image", "image_sha256")
 
 
 def still_asked(row: Row, item: Item, folder: Path) -> bool:

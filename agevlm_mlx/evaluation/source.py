@@ -53,7 +53,8 @@ class Source:
         self._index()
 
     def _index(self) -> None:
-        known = {self.folder.resolve()}
+        root = self.folder.resolve()
+        known = {root, *root.parents}  # a link upwards is not a part of the data
         for place, folders, files in os.walk(self.folder, followlinks=True):
             here = Path(place)
             folders[:] = sorted(

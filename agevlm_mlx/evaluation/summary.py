@@ -27,7 +27,8 @@ def table(report: Mapping[str, Any], benchmark: Benchmark, everything: bool = Fa
         lines.append(f"left out as unusable: {counts['bad']}")
         lines += [f"  {problem}" for problem in report["problems"][:20]]
     if counts["images"] and counts["shuffled"] < counts["with_image"]:
-        lines.append(f"shuffled: {counts['shuffled']} items only had another image beside theirs")
+        without = counts["with_image"] - counts["shuffled"]
+        lines.append(f"shuffled: without {without} items, which had no other image beside theirs")
     controls = report["controls"]
     for way, nested in report["metrics"].items():
         values = flatten(nested)

@@ -89,6 +89,14 @@ def test_the_interval_of_the_overlap_holds_the_overlap():
     assert found["value"] == found["interval"][1] == 1
 
 
+def test_the_overlap_counts_the_highest_scores():
+    draws = metrics.image_draws(20, 50)
+    found = separation.overlap(np.ones(20), np.zeros((20, 3)), draws)
+    assert found["value"] == 0
+    one_below = np.array([*[1.0] * 19, 0.0])
+    assert separation.overlap(one_below, np.zeros((20, 3)), draws)["value"] == pytest.approx(0.05)
+
+
 def test_scores_that_are_all_the_same_separate_nothing():
     found = separation.separation(np.ones(3), np.ones((3, 2)), metrics.image_draws(3, 50))
     assert found["auroc"]["value"] == found["win_rate"]["value"] == 0.5

@@ -104,6 +104,36 @@ def test_the_numbers_are_those_of_the_result(page, analysed):
         assert fact in said
 
 
+def test_baselines_that_a_model_makes_itself_are_its_own(analysed, monkeypatch):
+    result = analysed.result()
+    for n, model in enumerate(result["models"]):
+        for name, baselines in (
+            (name, found["baselines"]) for name, found in model["attention"]["measures"].items()
+        ):
+            if name in ("energy", "hit", "auroc", "iou_half"):
+                baselines["shuffled"] = known(0.2 + 0.1 * n)
+                baselines["image_only"] = known(0.4 + 0.1 * n)
+    drawn = []
+    monkeypatch.setattr(figures, "bars", lambda name, panels: drawn.append(panels) or "<svg></svg>")
+    monkeypatch.setattr(figures, "_svg", lambda *_: "<svg></svg>")
+    report.render(result, analysed.captions)
+    for _, bars, _ in drawn[0]:
+        values = [(bar.label, round(bar.number[0], 2)) for bar in bars if bar.model is None]
+        assert values[:4] == [
+            ("another phrase's map", 0.2),
+            ("the picture's mean map", 0.4),
+            ("another phrase's map", 0.3),
+            ("the picture's mean map", 0.5),
+        ]
+        assert [label for label, _ in values[4:]] == ["even attention", "centre of the picture"]
+
+
+def test_each_row_says_what_guessing_gets(page, analysed):
+    part = analysed.whole["models"][0]["matching"]
+    for found in (part["scores"]["log_p"], part["layers"][-1]["raw"]):
+        assert f"chance {found['random']['recall_at_1']['no_skill']:.2f}" in text(page)
+
+
 def known(value: float) -> dict[str, Any]:
     return {"value": value, "interval": [value - 0.1, value + 0.1], "n": 9}
 

@@ -12,7 +12,7 @@ from PIL import Image
 from agevlm_mlx.errors import UserError
 from agevlm_mlx.evaluation import scoring
 from agevlm_mlx.evaluation.answers import AnswerFile, read_rows
-from agevlm_mlx.evaluation.benchmark import Benchmark, Given, Item, Scores
+from agevlm_mlx.evaluation.benchmark import Benchmark, Given, Item, Scores, mask_key
 from agevlm_mlx.evaluation.respondent import Request
 from agevlm_mlx.evaluation.run import (
     Run,
@@ -247,9 +247,24 @@ def test_partners_are_others_and_all_are_used():
     assert all(units[image] != units[other] for image, other in found.items())
     assert found == partners(units, (0, 0)) != partners(units, (0, 1))
     lopsided = {Path(f"{n}.png"): "most" if n < 4 else "one" for n in range(5)}
-    assert all(lopsided[i] != lopsided[o] for i, o in partners(lopsided, (0, 0)).items())
+    found = partners(lopsided, (0, 0))
+    assert found
+    assert all(lopsided[image] != lopsided[other] for image, other in found.items())
+    two = {Path("a"): "u", Path("b"): "v"}
+    assert partners(two, (3,)) == {Path("a"): Path("b"), Path("b"): Path("a")}
     assert partners({Path("a"): "u", Path("b"): "u"}, (0,)) == {}
     assert partners({}, (0,)) == {}
+
+
+def test_the_place_in_a_pair_does_not_give_the_answer_away(tmp_path):
+    """Where the first of each pair is a yes, shuffled answers have to be at chance."""
+    units = {Path(f"{n}.png"): f"pair {n // 2}" for n in range(400)}
+    found = partners(units, (0,))
+    same_place = [int(i.stem) % 2 == int(o.stem) % 2 for i, o in found.items()]
+    assert len(found) == 400
+    assert 0.4 < np.mean(same_place) < 0.6
+    both = np.reshape(same_place, (200, 2)).all(1)  # in the order of the pairs
+    assert 0.15 < both.mean() < 0.35
 
 
 class Killed(BaseException):
@@ -389,8 +404,18 @@ def test_a_kept_answer_is_to_the_same_question_about_the_same_picture(pictures, 
     assert not still_asked(row, replace(item, image=pictures[1]), folder)
     assert not still_asked(row, replace(item, image=tmp_path / item.image.name), folder)
     other = tmp_path / item.image.name
-    Image.new("RGB", (300, 200), "green").save(other)
+    other.write_bytes(item.image.read_bytes())
+    assert still_asked(row, replace(item, image=other), tmp_path)
+    other.write_bytes(item.image.read_bytes()[:-1] + b"?")  # of the same size
     assert not still_asked(row, replace(item, image=other), tmp_path)
+
+
+def test_a_kept_look_is_at_the_same_mask(pictures):
+    item = next(i for i in everything(pictures) if i.kind == "look")
+    item = replace(item, mask_key=mask_key({"size": [2, 2], "counts": "x"}))
+    row = begin_row(item, Path())
+    assert still_asked(row, item, Path())
+    assert not still_asked(row, replace(item, mask_key=mask_key([[0, 0, 1, 1]])), Path())
 
 
 def test_a_model_whose_numbers_are_none_is_told(pictures, tmp_path):

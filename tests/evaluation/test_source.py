@@ -136,6 +136,8 @@ def test_links_are_followed_once_and_names_do_not_lead_out(tmp_path: Path, write
     (inside / "images").symlink_to("../outside")
     (inside / "images" / "again").symlink_to("../data")  # a circle
     (inside / "same").symlink_to("../outside")
+    (inside / "root").symlink_to("/")
+    (inside / "up").symlink_to("..")
     (inside / "2.png").symlink_to("../outside/1.png")
     (inside / "loop.json").symlink_to("loop.json")
     (inside / "nowhere.json").symlink_to("gone.json")
