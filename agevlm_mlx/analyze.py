@@ -1,6 +1,7 @@
 """`agevlm analyze`: does a model tell captions apart, and does it look where the words are?"""
 
 import argparse
+import os
 import shlex
 import sys
 import time
@@ -60,6 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     sources = args.model or [None]
     for source in sources:
         weights.resolve(source)  # so that a wrong name is said before minutes of work
+    parts = _possible(args, examples)
     out = files.make_folder(args.out)
     for name in ("report.html", "report.json"):
         files.check_writable(out / name)
@@ -68,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     for source in sources:
         one = subject(source)
         print(f"{one.about['path']}: {len(examples)} pictures", file=sys.stderr)
-        models.append({"about": dict(one.about), **_analyse(one, examples, args.only, settings)})
+        models.append({"about": dict(one.about), **_analyse(one, examples, parts, settings)})
     command = sys.argv[1:] if argv is None else argv
     result = {
         "command": shlex.join(["agevlm", "analyze", *command]),
@@ -76,9 +78,9 @@ def main(argv: list[str] | None = None) -> int:
         "seconds": time.perf_counter() - started,
         "data": {"path": str(args.data), "images": len(examples)},
         "settings": {
-            name: getattr(args, name)
-            for name in ("limit", "seed", "boots", "others", "question", "only")
-        },
+            name: getattr(args, name) for name in ("limit", "seed", "boots", "others", "question")
+        }
+        | {"only": parts},
         "versions": versions(),
         "machine": machine(),
         "models": models,
@@ -90,6 +92,18 @@ def main(argv: list[str] | None = None) -> int:
         print(sentence)
     print(f"written: {out / 'report.html'}, report.json")
     return 0
+
+
+def _possible(args: argparse.Namespace, examples: Sequence[Example]) -> list[str]:
+    """The parts for which there is something in the data."""
+    about_objects = [name for name in args.only if name != "matching"]
+    if not about_objects or any(example.objects for example in examples):
+        return args.only
+    listed = " and ".join(about_objects)
+    if about_objects == args.only:
+        raise UserError(f"--only {listed}: expected objects with masks in {args.data}, got none")
+    print(f"{args.data}: no objects with masks, so no {listed}", file=sys.stderr)
+    return [name for name in args.only if name not in about_objects]
 
 
 def _analyse(
@@ -162,6 +176,8 @@ def _check(args: argparse.Namespace) -> None:
     if unknown or not args.only:
         got = repr(unknown[0]) if unknown else "nothing"
         raise UserError(f"--only: expected some of {', '.join(PARTS)}, got {got}")
+    if not 0 <= args.seed < 2**31:
+        raise UserError(f"--seed: expected 0 to 2^31 - 1, got {args.seed}")
     for name in ("batch_size", "boots", "others"):
         if getattr(args, name) < 1:
             option = "--" + name.replace("_", "-")
@@ -169,7 +185,7 @@ def _check(args: argparse.Namespace) -> None:
     models = args.model or []
     if len(models) > figures.MODELS:
         raise UserError(f"--model: expected at most {figures.MODELS}, got {len(models)}")
-    if len(set(models)) < len(models):
+    if len({os.path.realpath(os.path.expanduser(model)) for model in models}) < len(models):
         raise UserError("--model: expected different models, got the same one twice")
 
 

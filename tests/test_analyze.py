@@ -101,6 +101,8 @@ def test_a_broken_picture_is_left_out_and_named(command, data, tmp_path):
         (("--boots", "0"), "--boots: expected 1 or more"),
         (("--question", "Is it so?"), "expected '{caption}' in it"),
         (("--out", "/proc/nothing"), "/proc/nothing"),
+        (("--seed", "-1"), "--seed: expected 0"),
+        (("--model", "x", "--model", "./x/"), "expected different models"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(change, message, command, tmp_path, capsys):
@@ -156,3 +158,44 @@ def test_help_explains_the_parts_with_examples(capsys):
     said = capsys.readouterr().out
     assert all(name in said for name in analyze.PARTS)
     assert "agevlm analyze --data" in said
+
+
+def changed(data: Path, tmp_path: Path, file: str, change) -> Path:
+    copy = tmp_path / "changed"
+    shutil.copytree(data, copy)
+    table = json.loads((copy / file).read_text())
+    change(table)
+    (copy / file).write_text(json.dumps(table))
+    return copy
+
+
+@pytest.mark.e2e
+def test_without_objects_only_captions_are_told_apart(command, data, tmp_path, capsys):
+    bare = changed(data, tmp_path, "instances.json", lambda t: t["annotations"].clear())
+    command[command.index("--data") + 1] = str(bare)
+    assert cli.main(["analyze", *command, "--only", "attention,causal"]) == 2
+    assert "expected objects with masks" in capsys.readouterr().err
+    assert cli.main(["analyze", *command, "--limit", "3"]) == 0
+    assert "no objects with masks, so no attention and causal" in capsys.readouterr().err
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "does not show where it looks" not in page
+    assert read(tmp_path)["settings"]["only"] == ["matching"]
+
+
+def test_captions_that_are_all_the_same_are_told_before_the_work(command, data, tmp_path, capsys):
+    def same(table: dict) -> None:
+        for one in table["annotations"]:
+            one["caption"] = "A dog."
+
+    command[command.index("--data") + 1] = str(changed(data, tmp_path, "captions.json", same))
+    assert analyze.main(command) == 2
+    assert "expected different captions, got 'A dog.' only" in capsys.readouterr().err
+
+
+def test_a_category_without_a_name_is_told(command, data, tmp_path, capsys):
+    def unnamed(table: dict) -> None:
+        table["categories"][0]["name"] = " "
+
+    command[command.index("--data") + 1] = str(changed(data, tmp_path, "instances.json", unnamed))
+    assert analyze.main(command) == 2
+    assert "has no name" in capsys.readouterr().err

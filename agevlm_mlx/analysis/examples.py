@@ -65,6 +65,8 @@ def read_examples(folder: Path, limit: int | None = None, seed: int = 0) -> list
             f"{folder}: expected at least 2 images with captions (one is the other's mismatch), "
             f"got {len(found)}; {NEEDS}"
         )
+    if len({p.caption.casefold() for p in found}) < 2:
+        raise UserError(f"{folder}: expected different captions, got {found[0].caption!r:.60} only")
     chosen = list(range(len(found)))
     if limit is not None and limit < len(found):
         draw = np.random.default_rng(seed).choice(len(found), limit, replace=False)
@@ -140,7 +142,9 @@ def _from_coco(captions: Path, instances: Path, places: Sequence[Path]) -> list[
         tables, texts = read_json(instances), read_json(captions)
         themes, names = {}, {}
         for category in tables["categories"]:
-            names[category["id"]] = str(category["name"]).lower()
+            names[category["id"]] = " ".join(str(category["name"]).lower().split())
+            if not names[category["id"]]:
+                raise ValueError(f"category {category['id']!r} has no name")
             theme = category.get("supercategory") or theme_of(names[category["id"]])
             themes[names[category["id"]]] = str(theme or "")
         sizes = {i["id"]: (int(i["height"]), int(i["width"])) for i in tables["images"]}

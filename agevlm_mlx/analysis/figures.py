@@ -43,6 +43,7 @@ _WIDTH, _COLUMN = 10.2, 2.9  # inches, of a figure and at least of a column
 _LEAST = 65
 _STYLE: Any = {
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a $ in a folder's name is a $
     "font.size": 9,
     "axes.titlesize": 9.5,
     "axes.titleweight": "bold",

@@ -76,11 +76,12 @@ def _last(part: Mapping[str, Any], way: str) -> Any:
 
 
 def _cell_of(found: Any, kind: str, metric: str) -> str:
-    if not found or metric != "recall_at_1":
-        return cell(found[kind][metric] if found else None)
+    if not found or not found[kind] or metric != "recall_at_1":
+        return cell(found[kind][metric] if found and found[kind] else None)
     # Of how many captions it is the first, and so what guessing gives, differs from row to row.
-    chance = f" <small>chance {found[kind][metric]['no_skill']:.2f}</small></td>"
-    return cell(found[kind][metric]).replace("</td>", chance)
+    chance = found[kind][metric]["no_skill"]
+    said = "" if chance is None else f" <small>chance {chance:.2f}</small>"
+    return cell(found[kind][metric]).replace("</td>", f"{said}</td>")
 
 
 def _style(name: str) -> str:

@@ -174,8 +174,15 @@ def _of_model(model: Model) -> list[str]:
             f"picture in {percent(base['centre'])}. {percent(energy)} % of its attention on the "
             f"image lies on the thing, which covers {percent(energy['baselines']['uniform'])} %."
         )
-    elif model.data.get("attention") and not model.data["attention"]["measures"]:
-        lines.append("It does not show where it looks.")
+    elif model.data.get("attention"):
+        part = model.data["attention"]
+        unseen = sum(part["skipped"].values())
+        lines.append(
+            "It does not show where it looks."
+            if not unseen
+            else f"None of {unseen} things could be compared with where it looks: their masks are "
+            "unusable or out of its view."
+        )
     effect = model.effect("p_yes", 1)
     if effect:
         change = model.data["causal"]["present"]["p_yes"]["mean colour"]

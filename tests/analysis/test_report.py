@@ -128,6 +128,13 @@ def test_baselines_that_a_model_makes_itself_are_its_own(analysed, monkeypatch):
         assert [label for label, _ in values[4:]] == ["even attention", "centre of the picture"]
 
 
+def test_a_dollar_in_a_name_is_no_formula(analysed):
+    result = analysed.result()
+    result["models"][0]["about"]["path"] = r"runs/a$1$b$\frac{c$"
+    page = report.render(result, analysed.captions)
+    assert page.count(r"a$1$b$\frac{c$") > 20
+
+
 def test_each_row_says_what_guessing_gets(page, analysed):
     part = analysed.whole["models"][0]["matching"]
     for found in (part["scores"]["log_p"], part["layers"][-1]["raw"]):
