@@ -192,10 +192,11 @@ def test_captions_that_are_all_the_same_are_told_before_the_work(command, data, 
     assert "expected different captions, got 'A dog.' only" in capsys.readouterr().err
 
 
-def test_a_category_without_a_name_is_told(command, data, tmp_path, capsys):
+@pytest.mark.parametrize("name", [" ", "x" * 3000])
+def test_a_category_that_is_no_noun_is_told(name, command, data, tmp_path, capsys):
     def unnamed(table: dict) -> None:
-        table["categories"][0]["name"] = " "
+        table["categories"][0]["name"] = name
 
     command[command.index("--data") + 1] = str(changed(data, tmp_path, "instances.json", unnamed))
     assert analyze.main(command) == 2
-    assert "has no name" in capsys.readouterr().err
+    assert "has no name of a noun" in capsys.readouterr().err

@@ -20,6 +20,8 @@ from ..evaluation.scene_folder import swap_noun
 from ..sam.targets import rle_decode
 
 Mask = Callable[[], np.ndarray]
+#: Characters of what is asked for.
+_LONGEST_NOUN = 100
 
 NEEDS = (
     "expected captions*.json with instances*.json (COCO, or a folder made by 'agevlm scenes'), "
@@ -143,8 +145,9 @@ def _from_coco(captions: Path, instances: Path, places: Sequence[Path]) -> list[
         themes, names = {}, {}
         for category in tables["categories"]:
             names[category["id"]] = " ".join(str(category["name"]).lower().split())
-            if not names[category["id"]]:
-                raise ValueError(f"category {category['id']!r} has no name")
+            if not 0 < len(names[category["id"]]) <= _LONGEST_NOUN:
+                got = f"{names[category['id']]:.20}"
+                raise ValueError(f"category {category['id']!r} has no name of a noun: {got!r}")
             theme = category.get("supercategory") or theme_of(names[category["id"]])
             themes[names[category["id"]]] = str(theme or "")
         sizes = {i["id"]: (int(i["height"]), int(i["width"])) for i in tables["images"]}

@@ -112,8 +112,11 @@ def _svg(figure: Any, name: str, label: str) -> str:
     used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', text))
     text = re.sub(r' id="([^"]+)"', lambda m: m[0] if m[1] in used else "", text)
     text = re.sub(r"font-family: [^;\"]+;?|'DejaVu Sans'[^;\"]*sans-serif", "", text)
-    for colour, variable in _VARIABLES.items():
-        text = text.replace(colour, f"var({variable})")
+    # In tags alone: a model may be called like one of the colours.
+    colours = "|".join(_VARIABLES)
+    text = re.sub(
+        r"<[^>]*>", lambda tag: re.sub(colours, lambda m: f"var({_VARIABLES[m[0]]})", tag[0]), text
+    )
     least = f"min-width: {_LEAST * figure.get_figwidth():.0f}px"
     tag = f'<svg class="plot" style="{least}" role="img" aria-label="{escape(label)}" '
     return text.replace("<svg ", tag, 1)

@@ -19,8 +19,35 @@ from ..errors import UserError
 from ..weights import Loaded
 
 Ids = Sequence[int]
-#: Logits that one pass may compute, fp32: half a gigabyte.
-_MOST_LOGITS = 1 << 27
+#: Logits that one pass may compute, and pairs of positions whose attention it may (times heads),
+#: fp32: half a gigabyte, a gigabyte.
+_MOST_LOGITS, _MOST_PAIRS = 1 << 27, 1 << 28
+#: Tokens of a text that is read together with others.
+_SHORT = 512
+
+
+class _Pass:
+    """Some texts about some images, padded into one batch.
+
+    images: their numbers; R: texts an image; rows: the ids of each row, () where an image has
+    fewer texts; ids: i32[B*R T].
+    """
+
+    def __init__(
+        self, images: list[int], numbers: Sequence[Sequence[int]], texts: Sequence[Sequence[Ids]]
+    ) -> None:
+        self.images, self._numbers = images, numbers
+        self.R = max(map(len, numbers))
+        self.rows: list[Ids] = []
+        for i, row in zip(images, numbers, strict=True):
+            self.rows += [texts[i][r] for r in row] + [()] * (self.R - len(row))
+        self.ids = _padded(self.rows)
+
+    def places(self) -> Iterator[tuple[int, int, int]]:
+        """(row of the batch, image, number of its text) of every text."""
+        for b, (i, row) in enumerate(zip(self.images, self._numbers, strict=True)):
+            for k, r in enumerate(row):
+                yield b * self.R + k, i, r
 
 
 class Asker:
@@ -83,29 +110,38 @@ class Asker:
             self._prompts[question] = chat.prompt_ids(self.tokenizer, (Turn("user", question),))
         return self._prompts[question]
 
-    def _batches(
-        self, texts: Sequence[Sequence[Ids]], logits: bool = False
-    ) -> Iterator[tuple[range, int, np.ndarray]]:
-        """Image numbers, texts per image R, and ids i32[B*R T] padded on the right with 0.
+    def _passes(self, texts: Sequence[Sequence[Ids]], logits: bool = False) -> Iterator[_Pass]:
+        """Every text of every image, in passes of bounded memory.
 
-        logits: those of every position will be computed, so that fewer fit into one pass.
+        logits: those of every position will be computed, so that fewer fit into one pass. A text
+        much longer than the others is read alone, or all would be padded to its length.
         """
-        most = _MOST_LOGITS // self.model.args.vocab_size if logits else 1 << 62
+        args = self.model.args
+        most = _MOST_LOGITS // args.vocab_size if logits else 1 << 62
+        pairs = _MOST_PAIRS // args.num_attention_heads
+        short = [
+            [r for r, ids in enumerate(row) if len(ids) <= _SHORT and len(row) * len(ids) <= most]
+            for row in texts
+        ]
+        for i, row in enumerate(texts):
+            for r in sorted(set(range(len(row))) - set(short[i])):
+                yield _Pass([i], [[r]], texts)
         start = 0
         while start < len(texts):
             end, R, T = start, 0, 0
             while end < min(start + self.batch_size, len(texts)):
-                r, t = max(R, len(texts[end])), max([T, *map(len, texts[end])])
-                if end > start and (end + 1 - start) * r * t > most:
+                r = max(R, len(short[end]))
+                t = max([T, *(len(texts[end][k]) for k in short[end])])
+                rows = (end + 1 - start) * r
+                if end > start and (rows * t > most or rows * t * t > pairs):
                     break
                 end, R, T = end + 1, r, t
-            images, start = range(start, end), end
             if R:
-                rows = [[*texts[i], *[()] * (R - len(texts[i]))] for i in images]
-                yield images, R, _padded([ids for row in rows for ids in row])
+                yield _Pass(list(range(start, end)), short[start:end], texts)
+            start = end
 
-    def _look(self, images: range, texts: int, order: np.ndarray | None) -> list[Any]:
-        shown = np.arange(images.start, images.stop) if order is None else order[list(images)]
+    def _look(self, images: Sequence[int], texts: int, order: np.ndarray | None) -> list[Any]:
+        shown = np.array(images) if order is None else order[list(images)]
         return self.model.look(self.z_img[mx.array(shown)], texts=texts)
 
     def next_log_p(
@@ -119,23 +155,31 @@ class Asker:
 
         `order` shows image ``order[i]`` with the texts of image i (the shuffled control).
         """
-        out: list[list[np.ndarray]] = [[] for _ in texts]
-        for images, R, ids in self._batches(texts):
-            last = [
-                len(texts[i][r]) - 1 if r < len(texts[i]) else 0 for i in images for r in range(R)
-            ]
-            found = self._next(ids, self._look(images, R, order), last, tokens)
-            for b, i in enumerate(images):
-                out[i] = [found[b * R + r] for r in range(len(texts[i]))]
+        out: list[list[Any]] = [[None] * len(row) for row in texts]
+        for one in self._passes(texts):
+            last = [max(len(ids) - 1, 0) for ids in one.rows]
+            found = self._next(one.ids, self._look(one.images, one.R, order), last, tokens)
+            for row, i, r in one.places():
+                out[i][r] = found[row]
         return out
 
     def blind_log_p(self, texts: Sequence[Ids], tokens: Sequence[int]) -> list[np.ndarray]:
         """`next_log_p` without any image."""
-        out: list[np.ndarray] = []
-        for start in range(0, len(texts), 8 * self.batch_size):
-            part = texts[start : start + 8 * self.batch_size]
-            last = [len(ids) - 1 for ids in part]
-            out += list(self._next(_padded(part), self.model.make_cache(), last, tokens))
+        out: list[Any] = [None] * len(texts)
+        order = sorted(range(len(texts)), key=lambda n: len(texts[n]))  # little padding
+        pairs = _MOST_PAIRS // self.model.args.num_attention_heads
+        start = 0
+        while start < len(order):
+            size = 8 * self.batch_size
+            while size > 1 and size * len(texts[order[start : start + size][-1]]) ** 2 > pairs:
+                size //= 2
+            part = order[start : start + size]
+            rows = [texts[n] for n in part]
+            last = [len(ids) - 1 for ids in rows]
+            found = self._next(_padded(rows), self.model.make_cache(), last, tokens)
+            for n, log_p in zip(part, found, strict=True):
+                out[n] = log_p
+            start += size
         return out
 
     def _next(
@@ -177,12 +221,11 @@ class Asker:
             [self._answered(prompt, answer) for answer in row]
             for prompt, row in zip(each, answers, strict=True)
         ]
-        out: list[list[float]] = [[] for _ in answers]
-        for images, R, ids in self._batches([[e.ids for e in row] for row in encoded], True):
-            log_p = self._log_p(ids, self._look(images, R, order))
-            for b, i in enumerate(images):
-                rows = enumerate(encoded[i], b * R)
-                out[i] = [_mean_over_answer(log_p[r], one) for r, one in rows]
+        out = [[0.0] * len(row) for row in answers]
+        for one in self._passes([[e.ids for e in row] for row in encoded], True):
+            log_p = self._log_p(one.ids, self._look(one.images, one.R, order))
+            for row, i, r in one.places():
+                out[i][r] = _mean_over_answer(log_p[row], encoded[i][r])
         return out
 
     def blind_log_likelihood(self, prompt: str, answers: Sequence[str]) -> np.ndarray:
@@ -208,20 +251,19 @@ class Asker:
         without the null slot.
         """
         placed = [[self._place(*pair) for pair in row] for row in questions]
-        out: list[list[np.ndarray]] = [[] for _ in questions]
-        for images, R, ids in self._batches([[ids for ids, _ in row] for row in placed]):
+        out: list[list[Any]] = [[None] * len(row) for row in questions]
+        for one in self._passes([[ids for ids, _ in row] for row in placed]):
             rows, cols = [], []
-            for b, i in enumerate(images):
-                for r, (_, columns) in enumerate(placed[i], b * R):
-                    rows += [r] * len(columns)
-                    cols += columns
-            cache = self._look(images, R, None)
-            _, maps = self.model.attend(mx.array(ids), cache, mx.array(rows), mx.array(cols))
+            for row, i, r in one.places():
+                rows += [row] * len(placed[i][r][1])
+                cols += placed[i][r][1]
+            cache = self._look(one.images, one.R, None)
+            _, maps = self.model.attend(mx.array(one.ids), cache, mx.array(rows), mx.array(cols))
             found, at = np.array(maps, np.float32), 0
-            for i in images:
-                for _, columns in placed[i]:
-                    out[i].append(found[at : at + len(columns)].mean(0))
-                    at += len(columns)
+            for _, i, r in one.places():
+                columns = placed[i][r][1]
+                out[i][r] = found[at : at + len(columns)].mean(0)
+                at += len(columns)
         return out
 
     def _place(self, question: str, noun: str) -> tuple[list[int], list[int]]:

@@ -173,6 +173,35 @@ def test_a_large_vocabulary_takes_more_passes_and_gives_the_same(loaded, images,
     assert all(rows * length <= 60 for rows, length in passes)
 
 
+def test_long_texts_are_read_alone_and_memory_is_bounded(loaded, images, monkeypatch):
+    many = asker(loaded, images, 4)
+    questions = [[*row, "Is there a dog? " * 9] for row in QUESTIONS]
+    prompts = [[many.prompt(q) for q in row] for row in questions]
+    pairs = [[(q, "dog") for q in row if "dog" in q] for row in questions]
+    blind = [ids for row in prompts for ids in row]
+
+    def everything() -> list[np.ndarray]:
+        found = [log_p for row in many.next_log_p(prompts, EVERY) for log_p in row]
+        found += many.blind_log_p(blind, EVERY)
+        return found + [one for row in many.phrase_maps(pairs) for one in row]
+
+    whole, shapes = everything(), []
+    call = type(loaded.model).__call__
+    monkeypatch.setattr(
+        type(loaded.model),
+        "__call__",
+        lambda self, ids, *rest, **more: shapes.append(ids.shape) or call(self, ids, *rest, **more),
+    )
+    monkeypatch.setattr("agevlm_mlx.evaluation.asking._SHORT", 30)
+    monkeypatch.setattr("agevlm_mlx.evaluation.asking._MOST_PAIRS", 4 * 30 * 30 * 4)
+    for one, other in zip(everything(), whole, strict=True):
+        assert np.allclose(one, other, atol=1e-4)
+    longest = max(map(len, blind))
+    assert longest > 50
+    assert all(rows == 1 for rows, T in shapes if T > 30)
+    assert all(rows * T * T <= 4 * 30 * 30 for rows, T in shapes if T <= 30 and rows > 3)
+
+
 def test_an_image_that_is_refused_is_left_out_and_told(loaded, images):
     def open_image(image: Image.Image) -> Image.Image:
         if image is images[1]:
