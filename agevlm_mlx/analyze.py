@@ -10,9 +10,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from . import errors, weights
+from . import config, errors, weights
 from .analysis import causal, figures, looking, matching, report
-from .analysis.examples import Example, read_examples
+from .analysis.examples import Example, about_data, read_examples
 from .analysis.subject import Subject, subject
 from .atomic import write_text
 from .errors import UserError
@@ -65,33 +65,67 @@ def main(argv: list[str] | None = None) -> int:
     out = files.make_folder(args.out)
     for name in ("report.html", "report.json"):
         files.check_writable(out / name)
+    command = shlex.join(["agevlm", "analyze", *(sys.argv[1:] if argv is None else argv)])
+    if not args.fresh:
+        _check_same(out / "report.json", command)
     started = time.perf_counter()
-    models = []
-    for source in sources:
-        one = subject(source)
-        print(f"{one.about['path']}: {len(examples)} pictures", file=sys.stderr)
-        models.append({"about": dict(one.about), **_analyse(one, examples, parts, settings)})
-    command = sys.argv[1:] if argv is None else argv
-    result = {
-        "command": shlex.join(["agevlm", "analyze", *command]),
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seconds": time.perf_counter() - started,
-        "data": {"path": str(args.data), "images": len(examples)},
-        "settings": {
-            name: getattr(args, name) for name in ("limit", "seed", "boots", "others", "question")
+    sources, models = args.model or [None], []
+
+    def write() -> dict[str, Any]:
+        result = {
+            "command": command,
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": time.perf_counter() - started,
+            "data": {"path": str(args.data), "images": len(examples), **about_data(args.data)},
+            "settings": {
+                name: getattr(args, name)
+                for name in ("limit", "seed", "boots", "others", "question", "batch_size")
+            }
+            | {"only": parts},
+            "versions": versions(),
+            "machine": machine(),
+            "models": models,
         }
-        | {"only": parts},
-        "versions": versions(),
-        "machine": machine(),
-        "models": models,
-    }
-    captions = {str(example.image): example.caption for example in examples}
-    files.write_json(out / "report.json", result)
-    write_text(out / "report.html", report.render(result, captions))
-    for sentence in report.sentences(result):
+        captions = {str(example.image): example.caption for example in examples}
+        files.write_json(out / "report.json", result)
+        write_text(out / "report.html", report.render(result, captions))
+        return result
+
+    try:
+        for source in sources:
+            one = subject(source)
+            print(f"{one.about['path']}: {len(examples)} pictures", file=sys.stderr)
+            models.append({"about": dict(one.about), **_analyse(one, examples, parts, settings)})
+            for line in report.problems(models[-1:]):
+                print(f"left out: {line}", file=sys.stderr)
+    except BaseException:
+        if models:  # what is done is not lost with what fails
+            write()
+            print(
+                f"\n{out / 'report.html'} has {len(models)} of {len(sources)} models",
+                file=sys.stderr,
+            )
+        raise
+    for sentence in report.sentences(write()):
         print(sentence)
     print(f"written: {out / 'report.html'}, report.json")
     return 0
+
+
+def _check_same(path: Path, command: str) -> None:
+    """``UserError`` rather than the loss of the report of another analysis."""
+    if not path.is_file():
+        return
+    try:
+        before = config.read_json(path)
+    except UserError:
+        return
+    made = before.get("command") if isinstance(before, dict) else None
+    if made != files.plain(command):
+        raise UserError(
+            f"{path.parent}: has the report of {made!r}; --fresh replaces it, another --out keeps "
+            "both"
+        )
 
 
 def _possible(args: argparse.Namespace, examples: Sequence[Example]) -> list[str]:
@@ -163,6 +197,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--boots", type=int, default=1000, help="bootstrap draws (default: 1000)")
     parser.add_argument(
+        "--fresh", action="store_true", help="replace the report of another analysis"
+    )
+    parser.add_argument(
         "--out",
         type=Path,
         default=Path("results/analysis"),
@@ -182,6 +219,8 @@ def _check(args: argparse.Namespace) -> None:
         if getattr(args, name) < 1:
             option = "--" + name.replace("_", "-")
             raise UserError(f"{option}: expected 1 or more, got {getattr(args, name)}")
+    if args.boots > 100_000:
+        raise UserError(f"--boots: expected at most 100000, got {args.boots}")
     models = args.model or []
     if len(models) > figures.MODELS:
         raise UserError(f"--model: expected at most {figures.MODELS}, got {len(models)}")

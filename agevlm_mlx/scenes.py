@@ -16,7 +16,7 @@ EXAMPLES = """splits:
   combos             pairs of nouns that never share a picture in train
   nouns              nouns that train does not have
 
-styles (the same nouns and questions in another look, to test with):
+styles (the same nouns in another look, to test with):
   plain              what train looks like
   recoloured         every object in other colours
   outlined           line drawings on paper

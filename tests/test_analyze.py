@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,9 @@ def test_a_page_and_its_numbers_are_written_and_said_in_words(command, tmp_path,
         assert line.removeprefix("checkpoint: ").replace("'", "&#x27;") in page
     result = read(tmp_path)
     assert result["data"]["images"] == 4
+    assert (result["data"]["split"], result["data"]["seed"]) == ("test", 1)
+    assert len(result["data"]["sha256"]) == 16
+    assert "split test" in page
     assert result["command"].startswith("agevlm analyze --data")
     assert result["command"].endswith("--limit 4")
     (model,) = result["models"]
@@ -60,7 +64,7 @@ def test_one_part_of_two_models_and_the_same_seed_is_the_same_result(
     twin.mkdir()
     for file in tiny_checkpoint.iterdir():
         os.link(file, twin / file.name)
-    wanted = [*command, "--only", "matching", "--limit", "3", "--model", str(twin)]
+    wanted = [*command, "--only", "matching", "--limit", "3", "--model", str(twin), "--fresh"]
     found = []
     for seed in ("1", "1", "2"):
         assert analyze.main([*wanted, "--seed", seed, "--others", "1"]) == 0
@@ -99,6 +103,7 @@ def test_a_broken_picture_is_left_out_and_named(command, data, tmp_path):
         (("--others", "0"), "--others: expected 1 or more, got 0"),
         (("--batch-size", "0"), "--batch-size: expected 1 or more"),
         (("--boots", "0"), "--boots: expected 1 or more"),
+        (("--boots", "2000000000"), "--boots: expected at most 100000"),
         (("--question", "Is it so?"), "expected '{caption}' in it"),
         (("--out", "/proc/nothing"), "/proc/nothing"),
         (("--seed", "-1"), "--seed: expected 0"),
@@ -136,7 +141,7 @@ def test_the_same_model_twice_and_too_many(command, tiny_checkpoint, capsys):
 
 
 def test_without_matplotlib_nothing_is_started(command, monkeypatch, capsys):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert analyze.main(command) == 2
     assert "pip install 'agevlm-mlx[analyze]'" in capsys.readouterr().err
 
@@ -158,6 +163,21 @@ def test_help_explains_the_parts_with_examples(capsys):
     said = capsys.readouterr().out
     assert all(name in said for name in analyze.PARTS)
     assert "agevlm analyze --data" in said
+
+
+@pytest.mark.e2e
+def test_a_model_that_fails_takes_nothing_of_those_before(
+    command, tiny_checkpoint, tmp_path, capsys
+):
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_checkpoint, broken)
+    (broken / "model.safetensors").write_bytes(b"nothing")
+    line = ["analyze", *command, "--model", str(broken), "--limit", "3", "--only", "matching"]
+    assert cli.main(line) == 2
+    error = capsys.readouterr().err
+    assert "report.html has 1 of 2 models" in error
+    assert "model.safetensors" in error
+    assert [m["about"]["name"] for m in read(tmp_path)["models"]] == [tiny_checkpoint.name]
 
 
 def changed(data: Path, tmp_path: Path, file: str, change) -> Path:
@@ -182,6 +202,19 @@ def test_without_objects_only_captions_are_told_apart(command, data, tmp_path, c
     assert read(tmp_path)["settings"]["only"] == ["matching"]
 
 
+@pytest.mark.e2e
+def test_another_report_is_not_replaced_unasked(command, tmp_path, capsys):
+    line = [*command, "--limit", "3", "--only", "matching"]
+    assert analyze.main(line) == 0
+    assert analyze.main(line) == 0  # the same again
+    before = (tmp_path / "out" / "report.json").read_bytes()
+    capsys.readouterr()
+    assert analyze.main([*line, "--seed", "4"]) == 2
+    assert "--fresh replaces it, another --out keeps both" in capsys.readouterr().err
+    assert (tmp_path / "out" / "report.json").read_bytes() == before
+    assert analyze.main([*line, "--seed", "4", "--fresh"]) == 0
+
+
 def test_captions_that_are_all_the_same_are_told_before_the_work(command, data, tmp_path, capsys):
     def same(table: dict) -> None:
         for one in table["annotations"]:
@@ -190,6 +223,16 @@ def test_captions_that_are_all_the_same_are_told_before_the_work(command, data, 
     command[command.index("--data") + 1] = str(changed(data, tmp_path, "captions.json", same))
     assert analyze.main(command) == 2
     assert "expected different captions, got 'A dog.' only" in capsys.readouterr().err
+
+
+def test_a_book_is_no_caption(command, data, tmp_path, capsys):
+    def long(table: dict) -> None:
+        for one in table["annotations"][1:]:
+            one["caption"] = "A dog. " * 1000
+
+    command[command.index("--data") + 1] = str(changed(data, tmp_path, "captions.json", long))
+    assert analyze.main(command) == 2
+    assert "expected at least 2 images with captions" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", [" ", "x" * 3000])

@@ -60,10 +60,15 @@ def looking(models: Sequence[Model], captions: Mapping[str, str]) -> str:
         f"{first['images']} pictures, where does the attention of the noun go?{left} "
         "The map is the mean over all looking layers and heads.</p>"
         + plot(figures.bars("attention", _look_panels(models)))
-        + "<p><small>Bars in grey are what no skill gives: for each model another phrase's map "
-        "about the same picture, and the mean of all its maps, which knows the picture but not the "
-        "phrase; at the end even attention (in the pointing game a random point) and the middle of "
-        "the picture.</small></p>" + _heads(models) + _measures(models) + _cards(models, captions)
+        + "<p><small>Bars in grey are what no skill gives. For each model, where a picture has two "
+        "things or more: another phrase's map, and the mean of all maps of the picture, the "
+        "phrase's own among them, which lifts it with a model that looks well. At the end even "
+        "attention over the picture (in the pointing game a random point) and the middle of it. "
+        "Attention on the padding of a picture that is not square is on nothing: it counts "
+        "against the model.</small></p>"
+        + _heads(models)
+        + _measures(models)
+        + _cards(models, captions)
     )
 
 
@@ -198,6 +203,9 @@ def causal(models: Sequence[Model]) -> str:
     if not models:
         return ""
     first = models[0].data["causal"]
+    room, unusable = first["skipped"]["no room"], first["skipped"]["unusable mask"]
+    left = f" {room} more are too large or too scattered for a control." if room else ""
+    left += f" {unusable} masks were unusable." if unusable else ""
     panels = []
     for group, name, title in (
         ("present", "p_yes", "change of P(yes) for things that are there"),
@@ -213,7 +221,7 @@ def causal(models: Sequence[Model]) -> str:
                 items.append(Bar(f"{model.name}: thing blanked", own, model.n))
                 items.append(Bar("elsewhere blanked", other, None, 1))
         if items:
-            panels.append((title, items, (-1.05, 0.25) if name == "p_yes" else None))
+            panels.append((title, items, (-1.05, 1.05) if name == "p_yes" else None))
     rows = []
     for group, title in (("present", "things that are there"), ("absent", "things that are not")):
         for model in models:
@@ -237,14 +245,18 @@ def causal(models: Sequence[Model]) -> str:
                     )
     head = ["asked", "model", "blanked with", "before", "thing blanked", "elsewhere blanked"]
     head += ["change", "change elsewhere", "effect of the thing"]
+    changed = first["pixel_change"]["mean colour"]
     return (
         "<h2>Does the answer hang on the thing?</h2>"
         f"<p>{first['objects']} things in {first['images']} pictures are blanked, with the "
-        "picture's mean colour or by blurring, and the model is asked for them again. As a control "
-        "an area of the same size and shape elsewhere is blanked instead. A model that uses the "
-        "thing loses with it and not with the control; one that answers from habit loses nothing; "
-        "for things that are not there nothing should change.</p>"
+        f"picture's mean colour or by blurring, and the model is asked for them again.{left} As a "
+        "control an area of the same size and shape elsewhere is blanked instead. A model that "
+        "uses the thing loses with it and not with the control; one that answers from habit loses "
+        "nothing; for things that are not there nothing should change.</p>"
         + plot(figures.bars("causal", panels))
-        + "<p><small>Blanked with the mean colour; the blurred ones are in the table.</small></p>"
-        + folded("All numbers", table(head, rows))
+        + "<p><small>Blanked with the mean colour; the blurred ones are in the table. P(yes) is "
+        "that of yes rather than no, at the first word. The control is of equal area, but erases "
+        f"less: blanking the thing changes a picture by {changed['object']['value']:.2f} grey "
+        f"levels a pixel, the control by {changed['elsewhere']['value']:.2f}, as it often lies on "
+        "plain background.</small></p>" + folded("All numbers", table(head, rows))
     )

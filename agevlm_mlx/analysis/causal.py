@@ -12,15 +12,18 @@ object's outline; so has the control's. Where a model crops its pictures, an are
     question  "Is there a {noun} in the image?"
     images    how many have an object that was tested
     objects   how many were tested
-    skipped   {"no room": objects too large for a control, "unusable mask": empty, not of the
-               picture's size or not readable}
+    skipped   {"no room": objects too large, or too scattered, for a control of their shape,
+               "unusable mask": empty, not of the picture's size or not readable}
     problems  ["FILE: reason"] for unusable masks, and for pictures that cannot be read
     present   of the object itself: {"p_yes": M, "accuracy": M, "log_p": M}
     absent    of a thing that is not in the picture, asked of the same pictures: {"p_yes": M,
               "accuracy": M}; {} if no example has one
+    pixel_change  for each of `WAYS` {"object", "elsewhere": numbers}: the mean absolute change of
+              a picture's pixels, in grey levels; less of it elsewhere may explain some of an effect
     rows      [{"image", "phrase", "absent": noun or None, "shift": [down, right] px from object
                to control, "area": the mask's share of the picture, "present": {"p_yes": V,
-               "log_p": V}, "not_there": {"p_yes": V} or {}}]: every object
+               "log_p": V}, "not_there": {"p_yes": V} or {}, "pixel_change": {way: {place:
+               float}}}]: every object
 
     M is {"before": number, and for each of `WAYS`: {"object", "elsewhere": numbers with either
           blanked, "change_object", "change_elsewhere": those less before, "effect": change_object
@@ -39,7 +42,7 @@ To draw a row: ``altered(pixels, mask, way)`` and ``altered(pixels, shifted(mask
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -141,15 +144,20 @@ class _Trial:
     mask: np.ndarray
     shift: tuple[int, int]
 
+    changes: dict[str, dict[str, float]] = field(default_factory=dict)
+
     def pictures(self, folder: Path, pixels: np.ndarray) -> dict[tuple[str, str], Path]:
-        """Write the altered pictures: (way, place) -> file."""
+        """Write the altered pictures: (way, place) -> file. Notes how much `changes`."""
         folder.mkdir()
         areas = dict(zip(PLACES, (self.mask, shifted(self.mask, self.shift)), strict=True))
         files = {}
         for way in WAYS:
             for place, area in areas.items():
                 file = files[way, place] = folder / f"{way} {place}.png"
-                Image.fromarray(altered(pixels, area, way)).save(file, compress_level=1)
+                blanked = altered(pixels, area, way)
+                change = np.abs(blanked.astype(np.int16) - pixels).mean()
+                self.changes.setdefault(way, {})[place] = float(change)
+                Image.fromarray(blanked).save(file, compress_level=1)
         return files
 
 
@@ -243,6 +251,7 @@ class _Tested:
                     "area": float(trial.mask.mean()),
                     "present": there,
                     "not_there": not_there,
+                    "pixel_change": trial.changes,
                 }
             )
 
@@ -284,6 +293,16 @@ class _Tested:
             }
             if any(row["not_there"] for row in self.rows)
             else {},
+            "pixel_change": {
+                way: {
+                    place: estimates.mean(
+                        [numbers[row["image"]] for row in self.rows],
+                        np.array([row["pixel_change"][way][place] for row in self.rows]),
+                    )
+                    for place in PLACES
+                }
+                for way in WAYS
+            },
             "rows": self.rows,
         }
 

@@ -1,5 +1,6 @@
 """The pictures of an analysis: each with its caption, a false one, and its objects' masks."""
 
+import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,8 +21,8 @@ from ..evaluation.scene_folder import swap_noun
 from ..sam.targets import rle_decode
 
 Mask = Callable[[], np.ndarray]
-#: Characters of what is asked for.
-_LONGEST_NOUN = 100
+#: Characters of what is asked for, and of what is read as a caption.
+_LONGEST_NOUN, _LONGEST_CAPTION = 100, 2000
 
 NEEDS = (
     "expected captions*.json with instances*.json (COCO, or a folder made by 'agevlm scenes'), "
@@ -61,7 +62,7 @@ def read_examples(folder: Path, limit: int | None = None, seed: int = 0) -> list
         raise UserError(f"{folder}: no such folder; {NEEDS}")
     tables = _coco_tables(folder) if folder.is_dir() else None
     pictures = _from_coco(*tables) if tables else _from_records(folder)
-    found = [p for p in pictures if p.caption]
+    found = [p for p in pictures if 0 < len(p.caption) <= _LONGEST_CAPTION]
     if len(found) < 2:
         raise UserError(
             f"{folder}: expected at least 2 images with captions (one is the other's mismatch), "
@@ -76,6 +77,22 @@ def read_examples(folder: Path, limit: int | None = None, seed: int = 0) -> list
     themes = {noun: theme for picture in pictures for noun, theme in picture.themes.items()}
     # Each picture draws for itself, so that it is the same example in any sample.
     return [_example(found[i], themes, seed, i) for i in chosen]
+
+
+def about_data(folder: Path) -> dict[str, Any]:
+    """What tells these data from others: a hash of their tables, and of scenes how they were
+    made."""
+    tables = _coco_tables(folder) if folder.is_dir() else None
+    files = list(tables[:2]) if tables else [folder] if folder.is_file() else []
+    told = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            told.update(hashlib.file_digest(file, "sha256").digest())
+    made = folder / "scenes.json"
+    about = read_json(made) if tables and made.is_file() else None
+    known = about if isinstance(about, dict) else {}
+    facts = {key: known[key] for key in ("split", "style", "seed") if key in known}
+    return {"sha256": told.hexdigest()[:16] if files else None, **facts}
 
 
 @dataclass
@@ -160,11 +177,12 @@ def _from_coco(captions: Path, instances: Path, places: Sequence[Path]) -> list[
         for n, item in enumerate(texts["annotations"], 1):
             where = f"{captions}: annotation {n}"
             said.setdefault(item["image_id"], []).append(str(item["caption"]).strip())
-        where, pictures = str(captions), []
+        where, pictures, met = str(captions), [], set()
         for row in texts["images"]:
             image = _find(str(row["file_name"]), places, where)
-            if image is None:
+            if image is None or image in met:  # one picture may have several rows
                 continue
+            met.add(image)
             size, objects = sizes.get(row["id"]), {}
             if size is not None:
                 own = parts.get(row["id"], {})

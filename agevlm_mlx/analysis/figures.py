@@ -5,7 +5,6 @@ given stand-in colours, which become CSS variables in the SVG, so that one figur
 dark. `Model` i is drawn in ``--m{i}``.
 """
 
-import importlib.util
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 
 #: How many models have a colour of their own.
 MODELS = 6
@@ -76,11 +75,13 @@ Number = tuple[float, float | None, float | None]
 
 def require() -> None:
     """``UserError`` without matplotlib: said before minutes of work."""
-    if importlib.util.find_spec("matplotlib") is None:
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
         raise UserError(
-            "the report's figures need matplotlib, which is not installed: "
-            "pip install 'agevlm-mlx[analyze]'"
-        )
+            f"the report's figures need matplotlib: pip install 'agevlm-mlx[analyze]' "
+            f"({one_line(error)})"
+        ) from None
 
 
 @contextmanager

@@ -41,7 +41,8 @@ for near, best_iou and nss. best_head: for hit, energy, gain, auroc, iou_half, s
 
 Baselines, for energy, gain, hit, auroc and iou_half: uniform (even attention over the picture;
 for hit a random point), centre (a centred Gaussian; for hit the middle), shuffled (the mean over
-the maps of the same image's other phrases), image_only (the mean map of all the image's phrases).
+the maps of the same image's other phrases), image_only (the mean map of all the image's phrases,
+its own among them).
 The last two, and specificity, need an image with two phrases or more, and `n` says of how many
 phrases they are.
 

@@ -116,6 +116,8 @@ class Looks:
                 if pixels.shape != (high, wide):
                     got = "x".join(map(str, pixels.shape[::-1]))
                     raise UserError(f"expected a mask of {wide}x{high} px, got {got}")
+                if not pixels.any():
+                    raise UserError("expected a mask with something in it, got an empty one")
             except UserError as error:
                 self.skipped["unusable mask"] += 1
                 self.problems.append(f"{example.image}: {phrase}: {error}")

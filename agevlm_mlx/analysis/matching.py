@@ -244,6 +244,6 @@ def _layers(
 
 
 def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Of f[.. D] and f[.. D]; 0 where one of them has no direction."""
+    """Of f[.. D] and f[.. D]; nan where one of them has no direction (a closed gate)."""
     length = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
-    return np.where(length > 1e-12, (a * b).sum(-1) / np.maximum(length, 1e-12), 0 * length)
+    return np.where(length > 1e-12, (a * b).sum(-1) / np.maximum(length, 1e-12), np.nan)

@@ -13,7 +13,7 @@ _METRICS = (
     ("auroc", "AUROC", "0.5"),
     ("win_rate", "wins in pairs", "0.5"),
     ("d_prime", "d&prime;", "0"),
-    ("overlap", "overlap", "1"),
+    ("overlap", "overlap", ""),
     ("recall_at_1", "first of all", ""),
     ("sanity", "mismatched against mismatched", "0.5"),
 )
@@ -47,8 +47,8 @@ def section(models: Sequence[Model]) -> str:
         f"“{escape(first['question'])}”. <b>AUROC</b>: how often a matching pair scores above a "
         "mismatching one, over all pairs; <b>wins in pairs</b>: over those of one picture. "
         "<b>d&prime;</b>: distance of the means in standard deviations. <b>Overlap</b>: shared "
-        "area of the two distributions. <b>First of all</b>: how "
-        "often the own caption scores highest. <b>Mismatched against "
+        "area of the two distributions (near 1 without skill, less with few pictures). "
+        "<b>First of all</b>: how often the own caption scores highest. <b>Mismatched against "
         "mismatched</b>: one half of them against the other, a test of the test. Rows in grey are "
         "controls without any image: what they have above no skill, "
         "the words alone give away.</small></p>" + _by_layer(models)

@@ -3,6 +3,7 @@
 Every model has a column and a colour of its own. The numbers are those of report.json.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from importlib import resources
@@ -13,11 +14,14 @@ from . import attention_section, matching_section
 from .page import Model, chip, percent, span
 
 Result = Mapping[str, Any]
+#: Pictures below which intervals are said to mean little.
+_FEW = 30
 
 
 def render(result: Result, captions: Mapping[str, str]) -> str:
     """The page. result: as written to report.json; captions: of the pictures, by their path."""
-    result = files.plain(result)
+    result = _printable(files.plain(result))
+    captions = _printable(captions)
     models = _models(result)
     page = resources.files("agevlm_mlx") / "assets" / "analysis.html"
     template = page.read_text(encoding="utf-8")
@@ -29,12 +33,23 @@ def render(result: Result, captions: Mapping[str, str]) -> str:
         "MATCHING": matching_section.section(models),
         "LOOKING": attention_section.looking(models, captions),
         "CAUSAL": attention_section.causal(models),
-        "LIMITS": "".join(f"<li>{line}</li>" for line in _limits(models)),
+        "LIMITS": "".join(f"<li>{line}</li>" for line in _limits(models, result["data"]["images"])),
         "ABOUT": _about(result, models),
     }
     for name, html in parts.items():
         template = template.replace(f"<!--{name}-->", html)
     return template
+
+
+def _printable(value: Any) -> Any:
+    """Without control characters, which a page cannot hold, and those that turn a line round."""
+    if isinstance(value, Mapping):
+        return {key: _printable(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_printable(one) for one in value]
+    if isinstance(value, str):
+        return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "\ufffd", value)
+    return value
 
 
 def sentences(result: Result) -> list[str]:
@@ -58,6 +73,8 @@ def _models(result: Result) -> list[Model]:
 
 def _lead(result: Result) -> str:
     count, names = result["data"]["images"], result["settings"]["only"]
+    found = [part["images"] for m in result["models"] if (part := m.get("matching"))]
+    unread = f" ({count - min(found)} could not be read)" if found and min(found) < count else ""
     asked = {
         "matching": "whether a model tells the caption of a picture from another one, and at "
         "which layer",
@@ -69,9 +86,9 @@ def _lead(result: Result) -> str:
         [", ".join(questions[:-1]), questions[-1]] if questions[1:] else questions
     )
     return (
-        f"{count} pictures of <b>{escape(result['data']['path'])}</b>. What was asked: {listed}. "
-        "Every number stands beside what no skill gives, with its 95 % interval by bootstrap over "
-        "pictures."
+        f"{count} pictures{unread} of <b>{escape(result['data']['path'])}</b>. What was asked: "
+        f"{listed}. The tables and figures have each number's 95 % interval, by bootstrap over "
+        "pictures, and beside it what no skill gives."
     )
 
 
@@ -120,8 +137,8 @@ def _tiles(models: Sequence[Model]) -> str:
     for text, of in tiles:
         known = [(model, number) for model in models if (number := of(model))]
         numbers = "".join(
-            f'<span class="big m{model.n}">{percent(number)}<small>{escape(model.name)}</small>'
-            "</span>"
+            f'<span class="big m{model.n}">{percent(number)}<small>{escape(model.name)}'
+            f"{span(number)}</small></span>"
             for model, number in known
         )
         if known:
@@ -150,7 +167,8 @@ def _of_model(model: Model) -> list[str]:
         lines.append(line + "; chance 50.")
     p_yes = (model.data.get("matching") or {}).get("p_yes")
     if p_yes:
-        said = "Asked whether the caption describes the picture, it says yes with probability "
+        said = "Asked whether the caption describes the picture, it says yes rather than no with "
+        said += "probability "
         said += (
             f"{percent(p_yes['matching'])} % for its own, {percent(p_yes['mismatching'])} % for "
         )
@@ -162,8 +180,11 @@ def _of_model(model: Model) -> list[str]:
     if layers:
         last = layers[-1]["centred"]["random"]["auroc"]
         lines.append(
-            "After its last layer the cosine between text and image states puts a matching pair "
-            f"above a mismatching one in {percent(last)} of 100 comparisons{span(last)}; chance 50."
+            "Its last layer writes nothing of the image into the text's stream."
+            if last["value"] is None
+            else "After its last layer the cosine between text and image states puts a matching "
+            f"pair above a mismatching one in {percent(last)} of 100 comparisons{span(last)}; "
+            "chance 50."
         )
     hit, energy = model.looked("hit"), model.looked("energy")
     if hit and energy:
@@ -195,13 +216,18 @@ def _of_model(model: Model) -> list[str]:
     return lines
 
 
-def _limits(models: Sequence[Model]) -> list[str]:
+def _limits(models: Sequence[Model], pictures: int) -> list[str]:
     lines = [
         "One training run of each model: the intervals cover the choice of pictures, not that of "
         "the random seed.",
         "An independent implementation after the idea of AGE-VLM (arXiv 2511.17793), whose exact "
         "similarity is not public: these are not the paper's numbers.",
     ]
+    if pictures < _FEW:
+        lines.append(
+            f"With {pictures} pictures an interval says little, and one at 0 or 100 has no width "
+            "at all: a hundred are better."
+        )
     if any(model.data.get("matching") for model in models):
         lines.append(
             "Captions are not complete: another picture's caption may by chance be true of a "
@@ -213,7 +239,8 @@ def _limits(models: Sequence[Model]) -> list[str]:
             "stronger evidence. Heads and layers that look best here were picked on these "
             "pictures; only the column <i>best head</i> is scored on others."
         )
-    if len({str(model.data["about"].get("fusion")) for model in models}) > 1:
+    fusions = {str(m.data["about"].get("fusion")) for m in models if m.data.get("matching")}
+    if len(fusions) > 1:
         lines.append(
             "The state of an image is not the same thing in the two fusions (see <i>Layer by "
             "layer</i>), nor is attention: it is self-attention of all layers where the image is a "
@@ -226,6 +253,7 @@ def _about(result: Result, models: Sequence[Model]) -> str:
     settings = {k: v for k, v in result["settings"].items() if v is not None}
     facts = [
         ("pictures", f"{result['data']['images']} of {result['data']['path']}"),
+        ("data", _listed({k: v for k, v in result["data"].items() if k not in ("path", "images")})),
         ("settings", _listed(settings)),
         ("machine", _listed(result["machine"])),
         ("versions", _listed(result["versions"])),
@@ -234,18 +262,23 @@ def _about(result: Result, models: Sequence[Model]) -> str:
     for model in models:
         about = model.data["about"]
         facts.append((f"model {model.name}", f"{about['path']} ({about.get('fingerprint', '')})"))
-    problems = [
-        line
-        for model in models
-        for part in ("matching", "attention", "causal")
-        for line in (model.data.get(part) or {}).get("problems", ())
-    ]
-    facts += [("left out", line) for line in dict.fromkeys(problems)]
+    facts += [("left out", line) for line in problems(result["models"])]
     rows = "".join(
         f"<tr><th scope='row'>{escape(name)}</th><td>{escape(text)}</td></tr>"
         for name, text in facts
     )
     return f"<table><tbody>{rows}</tbody></table><pre>{escape(result['command'])}</pre>"
+
+
+def problems(models: Sequence[Result]) -> list[str]:
+    """What could not be measured, each thing once."""
+    lines = [
+        line
+        for model in models
+        for part in ("matching", "attention", "causal")
+        for line in (model.get(part) or {}).get("problems", ())
+    ]
+    return list(dict.fromkeys(lines))
 
 
 def _listed(facts: Mapping[str, Any]) -> str:

@@ -64,7 +64,12 @@ def auroc(own: np.ndarray, other: np.ndarray, draws: metrics.Weights) -> dict[st
                 wins += (mine[:, None] > theirs) + 0.5 * (mine[:, None] == theirs)
     positive, negative = (np.isfinite(v).sum(1).astype(np.float64) for v in (own, other))
     value = _divide(wins.sum(), positive.sum() * negative.sum())
-    drawn = _divide(((draws @ wins) * draws).sum(1), (draws @ positive) * (draws @ negative))
+    # An image drawn w times has w pairs with itself, not w squared, as in `metrics.auroc_draws`.
+    copies = draws**2 - draws
+    drawn = _divide(
+        ((draws @ wins) * draws).sum(1) - copies @ np.diag(wins),
+        (draws @ positive) * (draws @ negative) - copies @ (positive * negative),
+    )
     return number(float(value), drawn)
 
 

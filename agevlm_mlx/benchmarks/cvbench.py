@@ -90,11 +90,6 @@ def _item(source: Source, where: str, row: dict[str, Any]) -> Item | None:
     )
 
 
-def parse(item: Item, said: str) -> str:
-    """The letter that an answer names, "" for none; see `parsing.option`."""
-    return parsing.option(said, item.about["choices"])
-
-
 def score(given: Sequence[Given], scores: Scores) -> None:
     """The accuracies of the choice items."""
     asked = [one for one in given if one.item.kind == "choice"]
@@ -123,7 +118,7 @@ BENCHMARK = Benchmark(
     about="CV-Bench: count, relation, depth and distance, by the authors' formula",
     needs="the files of https://huggingface.co/datasets/nyu-visionx/CV-Bench",
     read=read,
-    parse=parse,
+    parse=parsing.chosen,
     score=score,
     headline=("accuracy", "2d", "3d"),
     prompt="{question}\nAnswer with the option's letter from the given choices directly.",

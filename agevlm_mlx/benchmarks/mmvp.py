@@ -89,11 +89,6 @@ def _choices(said: str) -> dict[str, str]:
     return dict(zip("AB", words, strict=True)) if all(words) else {}
 
 
-def parse(item: Item, said: str) -> str:
-    """The letter that an answer names, "" for none; see `parsing.option`."""
-    return parsing.option(said, item.about["choices"])
-
-
 def score(given: Sequence[Given], scores: Scores) -> None:
     """Pair and item accuracy of the choice items."""
     asked = [one for one in given if one.item.kind == "choice"]
@@ -120,7 +115,7 @@ BENCHMARK = Benchmark(
     needs='Questions.csv and the folder "MMVP Images" of https://huggingface.co/datasets/MMVP/MMVP,'
     " or the parquet files of https://huggingface.co/datasets/lmms-lab-eval/MMVP",
     read=read,
-    parse=parse,
+    parse=parsing.chosen,
     score=score,
     headline=("pair_accuracy", "item_accuracy"),
     prompt="{question}\nAnswer with the option's letter from the given choices directly.",

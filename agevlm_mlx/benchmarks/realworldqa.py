@@ -69,11 +69,6 @@ def _choices(question: str) -> dict[str, str]:
     return choices if len(choices) > 1 else {}
 
 
-def parse(item: Item, said: str) -> str:
-    """The letter that an answer names, "" for none; see `parsing.option`."""
-    return parsing.option(said, item.about["choices"])
-
-
 def score(given: Sequence[Given], scores: Scores) -> None:
     """Accuracy of letters and of words, and of both where words were asked."""
     letters = [one for one in given if one.item.kind == "choice"]
@@ -95,7 +90,7 @@ BENCHMARK = Benchmark(
     about="RealWorldQA: questions about photographs, answered by a letter, a word or a number",
     needs="the parquet files of https://huggingface.co/datasets/xai-org/RealworldQA",
     read=read,
-    parse=parse,
+    parse=parsing.chosen,
     score=score,
     headline=("accuracy", "letters", "words"),
 )

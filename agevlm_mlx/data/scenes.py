@@ -45,7 +45,8 @@ def write_scenes(
 ) -> bool:
     """Write `n` pictures of a split to the folder `out`; False when it was there already.
 
-    Another `style` draws the same nouns, with the same questions, otherwise (see `styles`).
+    Another `style` draws the same nouns otherwise (see `styles`); questions are the same too, but
+    for some of "scaled", which are about sizes and places.
     `progress` is called with (done, n). A folder left by an interrupted run is completed;
     one with other contents is refused with ``UserError``.
     """

@@ -149,9 +149,7 @@ class Scores:
         if not positive or not negative:
             return
         p, n = ([self._place[one.item.unit] for one in side] for side in (positive, negative))
-        draws = metrics.auroc_draws(
-            positive_scores, negative_scores, self._draws[:, p], self._draws[:, n]
-        )
+        draws = metrics.auroc_draws(positive_scores, negative_scores, p, n, self._draws)
         self.put(name, metrics.auroc(positive_scores, negative_scores), draws)
         self._from[name] = min(len(set(p)), len(set(n)))
 

@@ -76,4 +76,6 @@ def plain(value: Any) -> Any:
         return plain(value.item())
     if isinstance(value, float):
         return round(value, 6) if np.isfinite(value) else None
-    return str(value) if isinstance(value, Path) else value
+    if isinstance(value, str | Path):  # a file's name need not be text
+        return str(value).encode("utf-8", "replace").decode()
+    return value

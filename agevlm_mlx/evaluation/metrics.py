@@ -284,23 +284,33 @@ def ratio_draws(numerator: np.ndarray, denominator: np.ndarray, draws: Weights) 
 
 
 def auroc_draws(
-    positive: Numbers, negative: Numbers, positive_draws: Weights, negative_draws: Weights
+    positive: Numbers,
+    negative: Numbers,
+    positive_units: Sequence[int],
+    negative_units: Sequence[int],
+    draws: Weights,
 ) -> np.ndarray:
-    """AUROC under each draw, f64[boots]; nan where no positive or no negative is drawn.
+    """AUROC under each draw of the units, f64[boots]; nan where one side is not drawn at all.
 
-    positive_draws, negative_draws: f64[boots scores], how often each score was drawn.
+    A unit that is drawn w times has w pairs with itself, not w squared: it does not meet its own
+    copies, which would move every draw towards the AUROC within units.
     """
     p, n = np.asarray(positive, np.float64), np.asarray(negative, np.float64)
+    at_p, at_n = np.asarray(positive_units, int), np.asarray(negative_units, int)
     order = np.argsort(n, kind="stable")
     low, high = (np.searchsorted(n[order], p, side=side) for side in ("left", "right"))
+    inside = np.zeros((2, draws.shape[1]))  # wins and pairs within each unit
+    for unit in np.intersect1d(at_p, at_n):
+        a, b = p[at_p == unit][:, None], n[at_n == unit]
+        inside[:, unit] = ((a > b) + 0.5 * (a == b)).sum(), a.size * b.size
     found = []
-    for start in range(0, len(positive_draws), 100):  # thousands of scores in little memory
-        part = slice(start, start + 100)
-        below = np.cumsum(negative_draws[part][:, order], axis=1)
+    for start in range(0, len(draws), 100):  # thousands of scores in little memory
+        part = draws[start : start + 100]
+        below = np.cumsum(part[:, at_n[order]], axis=1)
         below = np.concatenate([np.zeros((len(below), 1)), below], axis=1)
-        weights = positive_draws[part]
-        wins = (weights * (below[:, low] + below[:, high])).sum(1) / 2
-        pairs = weights.sum(1) * below[:, -1]
+        weights, copies = part[:, at_p], part**2 - part
+        wins = (weights * (below[:, low] + below[:, high])).sum(1) / 2 - copies @ inside[0]
+        pairs = weights.sum(1) * below[:, -1] - copies @ inside[1]
         found.append(np.where(pairs > 0, wins / np.maximum(pairs, 1), np.nan))
     return np.concatenate(found)
 

@@ -25,6 +25,8 @@ and with VLMEvalKit and Cambrian's MMVP on an option's own words.
 import re
 from collections.abc import Mapping
 
+from .benchmark import Item
+
 #: A letter that stands alone, in brackets or not: no part of a word, an initial or "e.g.".
 _LETTER = re.compile(
     r"(?<![\w.-])(?<!\w['\u2019])(?:\(([A-Za-z])\)|([A-Za-z])(?![\w-]|['\u2019.]\w))"
@@ -36,6 +38,11 @@ _NAMED = re.compile(r"\b(option|choice|answer|is)\W*$", re.IGNORECASE)
 _NOT = re.compile(r"(\bnot|n['\u2019]t)\W*$", re.IGNORECASE)
 #: After "A", what makes it the article.
 _WORD = re.compile(r"[ \t]+(?!(or|and|is|because)\b)\w")
+
+
+def chosen(item: Item, said: str) -> str:
+    """The letter of an item's choices (`Item.about`) that an answer names; see `option`."""
+    return option(said, item.about["choices"])
 
 
 def option(said: str, options: Mapping[str, str]) -> str:

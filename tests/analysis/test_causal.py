@@ -169,6 +169,16 @@ def test_rows_say_what_was_done_and_can_be_drawn(examples: list[Example]):
     json.dumps(found, allow_nan=False)
 
 
+def test_how_much_each_blanking_changes_is_told(tmp_path: Path):
+    """20 of 600 pixels are red on grey 90; the mean colour is (96, 87, 87)."""
+    dog = Example(picture(tmp_path / "a.png", "dog"), "", None, {"dog": lambda: mask("dog")}, ())
+    found = causal(Seer(lambda pixels, noun: 0.5), [dog], boots=10)
+    change = found["pixel_change"]["mean colour"]
+    assert change["object"]["value"] == pytest.approx(20 / 600 * (159 + 87 + 87) / 3)
+    assert change["elsewhere"]["value"] == pytest.approx(20 / 600 * (6 + 3 + 3) / 3)
+    assert found["rows"][0]["pixel_change"]["mean colour"]["object"] == change["object"]["value"]
+
+
 def test_batches_do_not_matter(examples: list[Example]):
     seen = lambda pixels, noun: 0.2 + 0.7 * shows(pixels, noun) * pixels.mean() / 255  # noqa: E731
     told: list[tuple[str, int, int]] = []

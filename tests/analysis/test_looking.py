@@ -265,10 +265,11 @@ def test_what_cannot_be_measured_is_counted_and_named():
     model.bad = {Path("bad.png"): "bad.png: damaged"}
     found = looking(model, [example("bad.png"), odd, example("c.png")])
     assert (found["images"], found["phrases"]) == (2, 3)
-    assert found["skipped"] == {"out of view": 1, "unusable mask": 2}
+    assert found["skipped"] == {"out of view": 0, "unusable mask": 3}
     assert found["problems"][0] == "bad.png: damaged"
-    assert found["problems"][1].startswith("odd.png: bus: expected a mask of 4x4 px")
-    assert found["problems"][2] == "odd.png: car: mask: damaged"
+    assert found["problems"][1].startswith("odd.png: cat: expected a mask with something in it")
+    assert found["problems"][2].startswith("odd.png: bus: expected a mask of 4x4 px")
+    assert found["problems"][3] == "odd.png: car: mask: damaged"
 
 
 def test_a_model_that_shows_no_attention_has_no_numbers():

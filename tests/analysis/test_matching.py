@@ -58,10 +58,22 @@ def drawn_by_hand(draw: np.ndarray) -> dict[str, float]:
     spread = np.sqrt((own.var() + flat.var()) / 2)
     wins = (own[:, None] > other) + 0.5 * (own[:, None] == other)
     return {
-        "auroc": metrics.auroc(own, flat),
+        "auroc": auroc_by_hand(draw),
         "win_rate": float(wins[np.isfinite(other)].mean()),
         "d_prime": float((own.mean() - flat.mean()) / spread) if spread > 1e-9 else NAN,
     }
+
+
+def auroc_by_hand(draw: np.ndarray) -> float:
+    """Over all pairs; an image meets others as often as both were drawn, itself once a draw."""
+    wins = pairs = 0.0
+    for i, own in enumerate(OWN3):
+        for j, row in enumerate(OTHER3):
+            weight = draw[i] if i == j else draw[i] * draw[j]
+            met = row[np.isfinite(row)]
+            wins += weight * ((own > met) + 0.5 * (own == met)).sum()
+            pairs += weight * len(met)
+    return wins / pairs
 
 
 OWN3 = np.array([3.0, 1.0, 2.5, 0.5])

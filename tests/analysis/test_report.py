@@ -1,6 +1,7 @@
 """The page of an analysis: complete, self-contained, and saying what the numbers say."""
 
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,12 @@ def test_a_dollar_in_a_name_is_no_formula(analysed):
     assert all(name in plot for plot in plots)
 
 
+def test_control_characters_do_not_reach_the_page(analysed, no_figures):
+    result = analysed.result()
+    result["data"]["path"] = "a\x00b\x1bc\u202ed\udcff"
+    assert "a\ufffdb\ufffdc\ufffdd?" in report.render(result, analysed.captions)
+
+
 def test_each_row_says_what_guessing_gets(page, analysed):
     part = analysed.whole["models"][0]["matching"]
     for found in (part["scores"]["log_p"], part["layers"][-1]["raw"]):
@@ -168,7 +175,8 @@ def test_sentences_are_made_from_the_numbers(analysed):
         "cross: It finds a picture's own caption more likely than another picture's in 87 of 100 "
         "pairs (77 to 97), and than the same caption with one noun exchanged in 60 (50 to 70); "
         "chance 50.",
-        "cross: Asked whether the caption describes the picture, it says yes with probability "
+        "cross: Asked whether the caption describes the picture, it says yes rather than no with "
+        "probability "
         "70 % for its own, 20 % for another picture's and 50 % for one with a noun exchanged.",
         "cross: After its last layer the cosine between text and image states puts a matching "
         "pair above a mismatching one in 55 of 100 comparisons (45 to 65); chance 50.",
@@ -271,7 +279,7 @@ def test_the_same_result_gives_the_same_page(page, analysed):
 
 
 def test_without_matplotlib_one_line_says_what_to_install(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(UserError, match=r"pip install 'agevlm-mlx\[analyze\]'"):
         figures.require()
 

@@ -194,16 +194,32 @@ def test_questions_about_one_image_do_not_narrow_the_interval():
 
 
 def test_auroc_draws_agree_with_auroc():
+    """Units without a positive and a negative of their own: drawing is repeating."""
     rng = np.random.default_rng(2)
     positive, negative = rng.normal(1, 1, 30).round(1), rng.normal(0, 1, 20).round(1)
-    draws = rng.integers(0, 4, (250, 30)), rng.integers(0, 4, (250, 20))
-    draws[0][7], draws[1][9] = 0, 0
-    drawn = metrics.auroc_draws(positive, negative, *draws)
+    draws = rng.integers(0, 4, (250, 50)).astype(float)
+    draws[7, :30], draws[9, 30:] = 0, 0
+    drawn = metrics.auroc_draws(positive, negative, range(30), range(30, 50), draws)
     assert drawn.shape == (250,)
     for b in range(250):
-        p, n = np.repeat(positive, draws[0][b]), np.repeat(negative, draws[1][b])
+        p = np.repeat(positive, draws[b, :30].astype(int))
+        n = np.repeat(negative, draws[b, 30:].astype(int))
         expected = metrics.auroc(p, n) if len(p) and len(n) else np.nan
         assert drawn[b] == pytest.approx(expected, nan_ok=True)
+
+
+def test_a_unit_does_not_meet_its_own_copies():
+    """Each own score is just above its unit's other one: always right within, chance between."""
+    rng = np.random.default_rng(0)
+    other = rng.normal(0, 5, 50)
+    draws = metrics.image_draws(50, 2000, 1)
+    drawn = metrics.auroc_draws(other + 0.3, other, range(50), range(50), draws)
+    value = metrics.auroc(other + 0.3, other)
+    assert drawn.mean() == pytest.approx(value, abs=0.002)
+    low, high = metrics.interval(drawn)
+    assert low < value < high
+    once = metrics.auroc_draws(other + 0.3, other, range(50), range(50), np.ones((1, 50)))
+    assert once == pytest.approx([value])
 
 
 def test_paired_difference_is_narrower_than_two_intervals():

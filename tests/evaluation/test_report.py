@@ -46,6 +46,8 @@ def rows(right: list[bool], caption: str, truer: float) -> list[Row]:
             "near": True,
             "energy": 0.5,
             "uniform": 0.0931,
+            "centre": 0.1,
+            "centre_hit": False,
             "on_image": 0.9,
             **half,
         }
@@ -154,7 +156,7 @@ def test_differences_are_guided_minus_concat_on_the_same_items(comparison):
 
 
 def test_a_model_that_says_nothing_has_no_hallucination_rate_to_compare():
-    found = dict.fromkeys(report.ARMS, rows([True] * 4, "", 1.0))
+    found = dict.fromkeys(report.ARMS, rows([True] * 12, "", 1.0))
     evaluations = {arm: evaluation(one) for arm, one in found.items()}
     gap = report.assemble(BENCHMARK, evaluations, found, dict.fromkeys(report.ARMS, 1.0))
     assert "chair_i" not in gap["difference"]

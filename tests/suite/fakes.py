@@ -8,7 +8,9 @@ import numpy as np
 from PIL import Image
 
 from agevlm_mlx.data.image import Preprocessor
+from agevlm_mlx.evaluation.benchmark import Benchmark, Item
 from agevlm_mlx.evaluation.respondent import Looked, Request
+from agevlm_mlx.evaluation.source import Source
 
 #: What is said to a request.
 Script = Callable[[Request], str]
@@ -69,3 +71,13 @@ class Scripted:
     def _check(self, request: Request) -> Any:
         assert request.image is None or request.image in self.shown, "not shown"
         self.asked.append(request)
+
+
+def read(
+    benchmark: Benchmark, folder: Path, skip_bad: bool = False
+) -> tuple[list[Item], list[str]]:
+    """What a benchmark reads of a folder, and what it says is bad."""
+    with Source(folder, skip_bad) as source:
+        items = benchmark.read(source)
+        source.check(benchmark.needs)
+        return items, source.problems

@@ -14,7 +14,7 @@ from pyarrow import parquet
 from agevlm_mlx.benchmarks import benchmark
 from agevlm_mlx.errors import UserError
 from agevlm_mlx.evaluation.benchmark import Given, Item, Scores
-from agevlm_mlx.evaluation.source import Source
+from tests.suite import fakes
 
 BENCHMARK = benchmark("hallusionbench")
 
@@ -76,10 +76,7 @@ def put(folder: Path, rows: Sequence[Any], pictures: bool = True) -> Path:
 
 
 def read(folder: Path) -> tuple[list[Item], list[str]]:
-    with Source(folder, skip_bad=True) as source:
-        items = BENCHMARK.read(source)
-        source.check(BENCHMARK.needs)
-        return items, source.problems
+    return fakes.read(BENCHMARK, folder, True)
 
 
 @pytest.fixture

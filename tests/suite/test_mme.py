@@ -13,7 +13,7 @@ from agevlm_mlx.benchmarks.mme import BENCHMARK, TASKS
 from agevlm_mlx.errors import UserError
 from agevlm_mlx.evaluation import yes_no
 from agevlm_mlx.evaluation.benchmark import Given, Item, Scores
-from agevlm_mlx.evaluation.source import Source
+from tests.suite import fakes
 
 ASK = "Please answer yes or no."
 
@@ -48,10 +48,7 @@ def published(tmp_path: Path) -> Path:
 
 
 def read(folder: Path, skip_bad: bool = False) -> tuple[list[Item], list[str]]:
-    with Source(folder, skip_bad) as source:
-        items = BENCHMARK.read(source)
-        source.check(BENCHMARK.needs)
-        return items, source.problems
+    return fakes.read(BENCHMARK, folder, skip_bad)
 
 
 def test_it_is_listed():

@@ -17,6 +17,7 @@ from agevlm_mlx.evaluation import yes_no
 from agevlm_mlx.evaluation.benchmark import Given, Item, Scores
 from agevlm_mlx.evaluation.metrics import YesNo
 from agevlm_mlx.evaluation.source import Source
+from tests.suite import fakes
 
 
 def row(number: int, image: str, thing: str, label: str) -> dict[str, Any]:
@@ -62,10 +63,7 @@ def published(tmp_path: Path) -> Path:
 
 
 def read(folder: Path, skip_bad: bool = False) -> tuple[list[Item], list[str]]:
-    with Source(folder, skip_bad) as source:
-        items = BENCHMARK.read(source)
-        source.check(BENCHMARK.needs)
-        return items, source.problems
+    return fakes.read(BENCHMARK, folder, skip_bad)
 
 
 def test_it_is_listed():
