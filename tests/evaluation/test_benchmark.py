@@ -33,7 +33,9 @@ def test_a_ratio_of_sums_and_a_number_made_from_others():
     scores.derive("sum", lambda a, b: 100 * (a + b), "half", "one")
     assert scores["half"] == 0.5
     assert scores["sum"] == 150.0
-    assert np.allclose(scores.drawn("sum"), 100 * (scores.drawn("half") + 1))
+    half = scores.drawn("half")
+    assert half is not None
+    assert np.allclose(scores.drawn("sum"), 100 * (half + 1))
     scores.ratio("empty", [], [], [])
     assert scores["empty"] == 0.0
     assert scores.interval("empty") is None
