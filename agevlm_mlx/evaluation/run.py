@@ -179,13 +179,14 @@ class Run:
     #: Answers without an image: the same questions recur.
     _blind: dict[tuple[str, Asked], Any] = field(default_factory=dict)
     _prompted: tuple[str, ...] = ()
-    _skipped: int = 0
+    _done: int = 0
     _total: int = 0
 
     def ask(self, items: Sequence[Item]) -> None:
         """Answer what has no answer yet. ``UserError`` for an image that cannot be read, unless
         bad ones are skipped; the answers so far are kept."""
         self._total, self._prompted = len(items), prompted(items)
+        self._done = sum(item.key in self.answers.rows for item in items)
         for number, chunk in enumerate(chunks(items, self.settings.batch_size)):
             waiting = [item for item in chunk if item.key not in self.answers.rows]
             if waiting:
@@ -194,14 +195,18 @@ class Run:
         self._tell()
 
     def _tell(self) -> None:
-        self.progress(len(self.answers.rows) + self._skipped, self._total)
+        self.progress(self._done, self._total)
+
+    def _add(self, row: Row) -> None:
+        self.answers.add(row)
+        self._done += 1
 
     def _ask_chunk(self, number: int, chunk: Sequence[Item], waiting: Sequence[Item]) -> None:
         images = list(dict.fromkeys(item.image for item in chunk if item.image is not None))
         bad = self.respondent.show(images)
         for image, reason in bad.items():
             lost = sum(item.image == image for item in waiting)
-            self._skipped += lost
+            self._done += lost
             if not self.settings.skip_bad:
                 raise UserError(f"{reason}; --skip-bad leaves its {lost} items out")
             self.problems.append(f"{reason} ({lost} items)")
@@ -221,7 +226,7 @@ class Run:
         self._score(by_kind["choice"], self.respondent.options)
         self._score(by_kind["likelihood"], self.respondent.log_likelihood)
         for one in by_kind["look"] + by_kind["likelihood"]:
-            self.answers.add(one.row)
+            self._add(one.row)
         self._tell()
         short = self.benchmark.max_tokens
         self._say(by_kind["choice"], self.settings.max_tokens or short)
@@ -278,13 +283,13 @@ class Run:
         places = self._places(asked, "answer")
         for one in asked:
             if not one.left:
-                self.answers.add(one.row)
+                self._add(one.row)
         wanted = list(places)
         said = self.respondent.generate([request for request, _ in wanted], max_tokens)
         for n, text in said if wanted else ():
             for one in self._keep(places, wanted[n], text, "answer"):
                 if not one.left:
-                    self.answers.add(one.row)
+                    self._add(one.row)
                     self._tell()
 
     def _places(self, asked: Sequence[_Asked], what: str) -> dict[Asked, list[tuple[_Asked, str]]]:
