@@ -204,7 +204,7 @@ def causal(models: Sequence[Model]) -> str:
         return ""
     first = models[0].data["causal"]
     room, unusable = first["skipped"]["no room"], first["skipped"]["unusable mask"]
-    left = f" {room} more are too large or too scattered for a control." if room else ""
+    left = f" {room} more are too large for a control." if room else ""
     left += f" {unusable} masks were unusable." if unusable else ""
     panels = []
     for group, name, title in (

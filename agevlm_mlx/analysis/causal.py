@@ -1,10 +1,11 @@
 """Does the answer hang on the object's pixels? The causal test beside the attention maps.
 
 A model that looks at an object need not use it. Here the object is blanked out of the picture and
-the model is asked for it again; as a control an area of the same size and shape elsewhere, which
-does not touch the object, is blanked instead. Only the difference of the two says that it is the
-object that counts, and not that something was blanked. Note that the blanked area still has the
-object's outline; so has the control's. Where a model crops its pictures, an area may lie outside.
+the model is asked for it again; as a control an area of the same size and shape elsewhere (several
+things each for itself, where they have no room together), which does not touch the object, is
+blanked instead (`blanking`). Only the difference of the two says that it is the object that
+counts, and not that something was blanked. Note that the blanked area still has the object's
+outline; so has the control's. Where a model crops its pictures, an area may lie outside.
 
 `causal` returns, as JSON (a number is ``{"value", "interval", "n"}``: the mean over objects, the
 95 % interval [low, high] of a bootstrap over images or None, and how many objects it is of)::
@@ -12,18 +13,18 @@ object's outline; so has the control's. Where a model crops its pictures, an are
     question  "Is there a {noun} in the image?"
     images    how many have an object that was tested
     objects   how many were tested
-    skipped   {"no room": objects too large, or too scattered, for a control of their shape,
-               "unusable mask": empty, not of the picture's size or not readable}
+    skipped   {"no room": objects too large for a control, "unusable mask": empty, not of the
+               picture's size or not readable}
     problems  ["FILE: reason"] for unusable masks, and for pictures that cannot be read
     present   of the object itself: {"p_yes": M, "accuracy": M, "log_p": M}
     absent    of a thing that is not in the picture, asked of the same pictures: {"p_yes": M,
               "accuracy": M}; {} if no example has one
     pixel_change  for each of `WAYS` {"object", "elsewhere": numbers}: the mean absolute change of
               a picture's pixels, in grey levels; less of it elsewhere may explain some of an effect
-    rows      [{"image", "phrase", "absent": noun or None, "shift": [down, right] px from object
-               to control, "area": the mask's share of the picture, "present": {"p_yes": V,
-               "log_p": V}, "not_there": {"p_yes": V} or {}, "pixel_change": {way: {place:
-               float}}}]: every object
+    rows      [{"image", "phrase", "absent": noun or None, "shifts": [[down, right], ...] px from
+               object to control (`shifted`), "area": the mask's share of the picture,
+               "present": {"p_yes": V, "log_p": V}, "not_there": {"p_yes": V} or {},
+               "pixel_change": {way: {place: float}}}]: every object
 
     M is {"before": number, and for each of `WAYS`: {"object", "elsewhere": numbers with either
           blanked, "change_object", "change_elsewhere": those less before, "effect": change_object
@@ -37,7 +38,7 @@ for present things; one that ignores the picture, or minds any hole alike, has 0
 things every change should be 0: blanking something must not make another thing appear.
 
 Ways: "mean colour", of the whole picture; "blur", Gaussian, half the object's longer side.
-To draw a row: ``altered(pixels, mask, way)`` and ``altered(pixels, shifted(mask, shift), way)``.
+To draw a row: ``altered(pixels, mask, way)`` and ``altered(pixels, shifted(mask, shifts), way)``.
 """
 
 import tempfile
@@ -47,63 +48,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageFilter
+from PIL import Image
 
 from ..data.image import load_image
 from ..data.records import CAPTION_PROMPT
 from ..data.scene_texts import caption, presence_question
 from ..errors import UserError
 from ..evaluation.respondent import Request, Respondent
+from .blanking import PLACES, WAYS, altered, elsewhere, shifted
 from .estimates import Estimates
 from .examples import Example
 
 Progress = Callable[[str, int, int], None]
-
-WAYS = ("mean colour", "blur")
-PLACES = ("object", "elsewhere")
-
-
-def altered(pixels: np.ndarray, area: np.ndarray, way: str) -> np.ndarray:
-    """A picture u8[h w 3] with the pixels of `area` bool[h w] blanked in one of `WAYS`."""
-    if way == "mean colour":
-        cover = pixels.mean((0, 1)).round().astype(np.uint8)
-    else:
-        rows, columns = np.nonzero(area)
-        side = max(int(np.ptp(rows)), int(np.ptp(columns))) + 1
-        blurred = Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(side / 2))
-        cover = np.asarray(blurred)
-    return np.where(area[..., None], cover, pixels)
-
-
-def shifted(mask: np.ndarray, shift: Sequence[int]) -> np.ndarray:
-    """The same shape `shift` = (down, right) pixels away, all of it inside the picture."""
-    rows, columns = np.nonzero(mask)
-    moved = np.zeros_like(mask)
-    moved[rows + shift[0], columns + shift[1]] = True
-    return moved
-
-
-def elsewhere(mask: np.ndarray, rng: np.random.Generator) -> tuple[int, int] | None:
-    """A shift (down, right) to a place inside the picture where the mask bool[h w] neither
-    overlaps nor touches itself, each such place being as likely; None if there is no room."""
-    rows, columns = np.nonzero(mask)
-    top, left = rows.min(), columns.min()
-    shape = mask[top : rows.max() + 1, left : columns.max() + 1]
-    around = mask.copy()
-    around[1:] |= mask[:-1]
-    around[:-1] |= mask[1:]
-    high = around.copy()
-    around[:, 1:] |= high[:, :-1]
-    around[:, :-1] |= high[:, 1:]
-    # How many pixels the shape shares with the mask and its border, at every place.
-    spectrum = np.fft.rfft2(around) * np.conj(np.fft.rfft2(shape, mask.shape))
-    shared = np.fft.irfft2(spectrum, mask.shape)
-    inside = shared[: mask.shape[0] - shape.shape[0] + 1, : mask.shape[1] - shape.shape[1] + 1]
-    places = np.argwhere(inside < 0.5)
-    if not len(places):
-        return None
-    down, right = places[rng.integers(len(places))] - (top, left)
-    return int(down), int(right)
 
 
 def causal(
@@ -142,14 +98,14 @@ class _Trial:
     phrase: str
     absent: str | None
     mask: np.ndarray
-    shift: tuple[int, int]
+    shifts: list[tuple[int, int]]
 
     changes: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def pictures(self, folder: Path, pixels: np.ndarray) -> dict[tuple[str, str], Path]:
         """Write the altered pictures: (way, place) -> file. Notes how much `changes`."""
         folder.mkdir()
-        areas = dict(zip(PLACES, (self.mask, shifted(self.mask, self.shift)), strict=True))
+        areas = dict(zip(PLACES, (self.mask, shifted(self.mask, self.shifts)), strict=True))
         files = {}
         for way in WAYS:
             for place, area in areas.items():
@@ -193,12 +149,12 @@ class _Tested:
                 self.skipped["unusable mask"] += 1
                 self.problems.append(f"{example.image}: {phrase}: {error}")
                 continue
-            shift = elsewhere(pixels, rng)
-            if shift is None:
+            shifts = elsewhere(pixels, rng)
+            if shifts is None:
                 self.skipped["no room"] += 1
                 continue
             absent = example.absent[n % len(example.absent)] if example.absent else None
-            yield _Trial(example.image, phrase, absent, pixels, shift)
+            yield _Trial(example.image, phrase, absent, pixels, shifts)
 
     def ask(self, respondent: Respondent, trials: Sequence[_Trial]) -> None:
         """Show the pictures of these trials, whole and altered, and ask for their things."""
@@ -247,7 +203,7 @@ class _Tested:
                     "image": str(trial.image),
                     "phrase": trial.phrase,
                     "absent": trial.absent,
-                    "shift": list(trial.shift),
+                    "shifts": [list(shift) for shift in trial.shifts],
                     "area": float(trial.mask.mean()),
                     "present": there,
                     "not_there": not_there,

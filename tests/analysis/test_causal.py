@@ -1,5 +1,6 @@
 """Models of which it is known what they see: the object, any hole, or nothing at all."""
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from agevlm_mlx.analysis.causal import WAYS, altered, causal, elsewhere, shifted
+from agevlm_mlx.analysis.blanking import WAYS, altered, elsewhere, parts, shifted
+from agevlm_mlx.analysis.causal import causal
 from agevlm_mlx.analysis.examples import Example
 from agevlm_mlx.errors import UserError
 from agevlm_mlx.evaluation.respondent import Request
@@ -161,9 +163,9 @@ def test_rows_say_what_was_done_and_can_be_drawn(examples: list[Example]):
     row = found["rows"][0]
     assert (row["absent"], row["area"]) == ("ice", 20 / 600)
     assert [row["absent"] for row in found["rows"]] == ["ice", "sky", "ice", "ice"]
-    assert row["shift"] != found["rows"][2]["shift"]  # the same dog in another picture
+    assert row["shifts"] != found["rows"][2]["shifts"]  # the same dog in another picture
     assert row["present"]["p_yes"]["blur"] == pytest.approx({"object": 0.1, "elsewhere": 0.9})
-    control = shifted(mask("dog"), row["shift"])
+    control = shifted(mask("dog"), row["shifts"])
     assert control.sum() == 20
     assert not (control & mask("dog")).any()
     json.dumps(found, allow_nan=False)
@@ -189,7 +191,7 @@ def test_batches_do_not_matter(examples: list[Example]):
     assert (small.shown, large.shown) == ([9, 5, 5], [19])
     assert [step[1:] for step in told] == [(1, 3), (2, 3), (3, 3)]
     other = causal(Seer(seen), examples, seed=1)
-    assert [r["shift"] for r in other["rows"]] != [r["shift"] for r in one["rows"]]
+    assert [r["shifts"] for r in other["rows"]] != [r["shifts"] for r in one["rows"]]
 
 
 def test_what_cannot_be_tested_is_counted_and_named(tmp_path: Path):
@@ -239,7 +241,7 @@ def test_the_control_is_the_same_shape_and_does_not_touch(seed: int):
     area[top : top + 4, left : left + 3] = rng.random((4, 3))[: height - top, : width - left] < 0.6
     if not area.any():
         return
-    shift = elsewhere(area, rng)
+    shifts = elsewhere(area, rng)
     rows, columns = np.nonzero(area)
     near = np.zeros_like(area)
     for r, c in zip(rows, columns, strict=True):
@@ -250,9 +252,55 @@ def test_the_control_is_the_same_shape_and_does_not_touch(seed: int):
         for dc in range(-columns.min(), width - columns.max())
         if not near[rows + dr, columns + dc].any()
     ]
-    assert shift in room if room else shift is None
-    if shift is not None:
-        assert shifted(area, shift).sum() == area.sum()
+    if room:
+        assert shifts is not None
+        assert len(shifts) == 1
+        assert shifts[0] in room
+    if shifts is not None:
+        control = shifted(area, shifts)
+        assert control.sum() == area.sum()
+        assert not (control & near).any()
+
+
+def test_several_things_in_several_corners_are_moved_each_for_itself():
+    area = np.zeros((40, 50), bool)
+    area[:8, :9] = area[32:, 43:] = True
+    area[39, 0] = True
+    area[38, 1] = True  # connected at a corner
+    found = parts(area)
+    assert [int(part.sum()) for part in found] == [72, 56, 2]
+    assert (np.sum(found, 0) == area).all()
+    shifts = elsewhere(area, np.random.default_rng(0))
+    assert shifts is not None
+    assert len(shifts) == 3  # as one shape it would lie on itself wherever it is
+    control = shifted(area, shifts)
+    assert control.sum() == area.sum()
+    touching = np.zeros_like(area)
+    touching[:9, :10] = touching[31:, 42:] = touching[37:, :3] = True
+    assert not (control & touching).any()
+
+
+@given(st.integers(0, 2**32 - 1))
+@settings(max_examples=40, deadline=None)
+def test_parts_are_connected_and_apart(seed: int):
+    rng = np.random.default_rng(seed)
+    area = rng.random((9, 11)) < 0.4
+    found = parts(area)
+    assert (
+        (np.sum([part.astype(int) for part in found], 0) == area).all() if found else not area.any()
+    )
+    for n, part in enumerate(found):
+        reached = np.zeros_like(part)
+        reached[tuple(np.argwhere(part)[0])] = True
+        while True:  # grow by a pixel in every direction, inside the whole area
+            grown = reached.copy()
+            for down, right in itertools.product((-1, 0, 1), repeat=2):
+                grown |= np.roll(np.pad(reached, 1), (down, right), (0, 1))[1:-1, 1:-1]
+            grown &= area
+            if (grown == reached).all():
+                break
+            reached = grown
+        assert (reached == part).all(), n
 
 
 def test_blanking_changes_the_area_alone_and_leaves_no_trace_of_it():
