@@ -17,6 +17,7 @@ from PIL import Image
 from .data.image import Geometry
 from .errors import UserError
 from .kernels.guided_attention import guided_attention
+from .models.hidden_states import hidden_states as listening
 
 _NAME = "scaled_dot_product_attention"
 
@@ -84,32 +85,13 @@ def hidden_states(language_model: Any) -> Iterator[list[mx.array]]:
         raise UserError(
             f"{type(language_model).__module__}: expected decoder layers to listen to, found none"
         )
-    states: list[mx.array] = []
-    classes = [type(layer) for layer in layers]
-    heard = {cls: _heard(cls, states) for cls in classes}
-    try:
-        for layer, cls in zip(layers, classes, strict=True):
-            layer.__class__ = heard[cls]
+    with listening(layers) as states:
         yield states
-    finally:
-        for layer, cls in zip(layers, classes, strict=True):
-            layer.__class__ = cls
     if len(states) != len(layers) + 1:
         raise UserError(
             f"{type(language_model).__module__}: expected its {len(layers)} layers to be called "
             f"once each, got {max(len(states) - 1, 0)} calls"
         )
-
-
-def _heard(layer_class: type, states: list[mx.array]) -> type:
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        out = layer_class.__call__(self, *args, **kwargs)
-        if not states:
-            states.append(args[0] if args else next(iter(kwargs.values())))
-        states.append(out[0] if isinstance(out, tuple | list) else out)
-        return out
-
-    return type(layer_class.__name__, (layer_class,), {"__call__": call})
 
 
 def grid(config: Any, inputs: Mapping[str, Any], tokens: int) -> tuple[int, int] | None:

@@ -47,7 +47,7 @@ MAY_IMPORT = {
         "weights",
     },
     "foreign": {"errors", "config", "hub", "data", "evaluation", "weights", "foreign_inside"},
-    "foreign_inside": {"errors", "data", "kernels"},
+    "foreign_inside": {"errors", "data", "kernels", "models"},
     "analysis": {
         "errors",
         "atomic",

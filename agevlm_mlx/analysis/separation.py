@@ -57,20 +57,10 @@ def separation(own: np.ndarray, other: np.ndarray, draws: metrics.Weights) -> di
 def auroc(own: np.ndarray, other: np.ndarray, draws: metrics.Weights) -> dict[str, Any]:
     """P(own > other) + P(own = other) / 2 over all own and all other, f[n] or f[n K]."""
     own, other = own.reshape(draws.shape[1], -1), other.reshape(draws.shape[1], -1)
-    wins = np.zeros((len(own), len(own)))
-    with np.errstate(invalid="ignore"):
-        for mine in own.T:
-            for theirs in other.T:
-                wins += (mine[:, None] > theirs) + 0.5 * (mine[:, None] == theirs)
-    positive, negative = (np.isfinite(v).sum(1).astype(np.float64) for v in (own, other))
-    value = _divide(wins.sum(), positive.sum() * negative.sum())
-    # An image drawn w times has w pairs with itself, not w squared, as in `metrics.auroc_draws`.
-    copies = draws**2 - draws
-    drawn = _divide(
-        ((draws @ wins) * draws).sum(1) - copies @ np.diag(wins),
-        (draws @ positive) * (draws @ negative) - copies @ (positive * negative),
-    )
-    return number(float(value), drawn)
+    at_p, at_n = np.nonzero(np.isfinite(own)), np.nonzero(np.isfinite(other))
+    p, n = own[at_p], other[at_n]
+    drawn = metrics.auroc_draws(p, n, at_p[0].tolist(), at_n[0].tolist(), draws)
+    return number(metrics.auroc(p, n), drawn)
 
 
 def _win_rate(own: np.ndarray, other: np.ndarray, draws: metrics.Weights) -> dict[str, Any]:

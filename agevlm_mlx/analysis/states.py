@@ -8,8 +8,7 @@ the gated MLP, where there is one). Such a state exists where a layer is grafted
 the next grafted layer repeat it, and those below the first have the first one's.
 """
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -18,47 +17,7 @@ import numpy as np
 from ..data import chat
 from ..data.records import Turn
 from ..models.agevlm import AgeVLM
-
-
-class Watch:
-    """What went through the decoder layers in one call: ``[0]`` what the first one was given,
-    ``[i + 1]`` what layer i handed on, each [B T D]."""
-
-    def __init__(self) -> None:
-        self.states: list[mx.array] = []
-
-    def pooled(self, mask: mx.array) -> mx.array:
-        """f32 [layers+1 B D]: the means over the positions where `mask` [B T] is 1."""
-        weights = mask / mx.maximum(mask.sum(-1, keepdims=True), 1)
-        return mx.stack([weights[:, None] @ s.astype(mx.float32) for s in self.states])[:, :, 0]
-
-
-@contextlib.contextmanager
-def watched(layers: Sequence[Any]) -> Iterator[Watch]:
-    """Watch the decoder layers of one call inside the block; they are put back as they were.
-
-    A layer gets a class of its own for that time, so that it stays what it is for everybody who
-    asks it for its type or attributes.
-    """
-    watch, classes = Watch(), [type(layer) for layer in layers]
-
-    def observed(kind: type) -> type:
-        def call(self: Any, x: mx.array, *args: Any, **kwargs: Any) -> Any:
-            if not watch.states:
-                watch.states.append(x)
-            out = kind.__call__(self, x, *args, **kwargs)
-            watch.states.append(out[0] if isinstance(out, tuple) else out)
-            return out
-
-        return type(kind.__name__, (kind,), {"__call__": call})
-
-    try:
-        for layer, kind in zip(layers, classes, strict=True):
-            layer.__class__ = observed(kind)
-        yield watch
-    finally:
-        for layer, kind in zip(layers, classes, strict=True):
-            layer.__class__ = kind
+from ..models.hidden_states import hidden_states
 
 
 def answer_states(
@@ -83,19 +42,19 @@ def answer_states(
     if z_img is None:
         cache = model.make_cache()
     else:
-        with watched(model.layers) as watch:
+        with hidden_states(model.layers) as states:
             cache = model.look(z_img, texts=len(texts))
-        image = _image_states(model, z_img, watch)
-    with watched(model.layers) as watch:
+        image = _image_states(model, z_img, states)
+    with hidden_states(model.layers) as states:
         model(mx.array(ids), cache=cache)
-    text = watch.pooled(mx.array(mask).astype(mx.float32)).swapaxes(0, 1)
+    text = _pooled(states, mx.array(mask).astype(mx.float32)).swapaxes(0, 1)
     return np.array(text), None if image is None else np.array(image)
 
 
-def _image_states(model: AgeVLM, z_img: mx.array, watch: Watch) -> mx.array:
+def _image_states(model: AgeVLM, z_img: mx.array, states: Sequence[mx.array]) -> mx.array:
     """f32 [layers+1 D]; see the module's text."""
     if model.fusion == "concat":
-        return watch.pooled(mx.ones(z_img.shape[:2]))[:, 0]
+        return _pooled(states, mx.ones(z_img.shape[:2]))[:, 0]
     written = {}
     for i in model.looking_layers:
         block = model.language_model.layers[i].cross_attn
@@ -107,3 +66,9 @@ def _image_states(model: AgeVLM, z_img: mx.array, watch: Watch) -> mx.array:
     below = [[i for i in model.looking_layers if i < n] for n in range(len(model.layers) + 1)]
     rows = [written[own[-1] if own else first] for own in below]
     return mx.stack(rows).astype(mx.float32)
+
+
+def _pooled(states: Sequence[mx.array], mask: mx.array) -> mx.array:
+    """f32 [layers+1 B D]: means of states [B T D] over the positions where `mask` [B T] is 1."""
+    weights = mask / mx.maximum(mask.sum(-1, keepdims=True), 1)
+    return mx.stack([weights[:, None] @ s.astype(mx.float32) for s in states])[:, :, 0]

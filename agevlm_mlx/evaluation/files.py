@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -51,11 +51,6 @@ def make_folder(path: Path) -> Path:
 def write_json(path: Path, value: Any) -> None:
     """Indented JSON that every parser reads: not-a-number becomes null."""
     write_text(path, json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    lines = (json.dumps(plain(row), ensure_ascii=False, allow_nan=False) for row in rows)
-    write_text(path, "".join(line + "\n" for line in lines))
 
 
 def write_image(path: Path, image: Image.Image) -> None:

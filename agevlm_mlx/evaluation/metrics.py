@@ -5,8 +5,7 @@ Where a published benchmark fixes a rule, the rule is followed to the letter and
 """
 
 import re
-from collections.abc import Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -32,58 +31,6 @@ def parse_yes_no(answer: str) -> bool:
     return not any(word in ("No", "not", "no") for word in words)
 
 
-@dataclass(frozen=True)
-class YesNo:
-    """Counts of a yes/no test; "yes" is the positive class, as in POPE."""
-
-    true_positive: int
-    false_positive: int
-    true_negative: int
-    false_negative: int
-
-    @classmethod
-    def count(cls, predicted: Numbers, labels: Numbers) -> "YesNo":
-        """Count answers against labels (True = yes)."""
-        p, y = np.asarray(predicted, bool), np.asarray(labels, bool)
-        if p.shape != y.shape:
-            raise ValueError(f"{len(p)} answers for {len(y)} labels")
-        return cls(
-            int((p & y).sum()), int((p & ~y).sum()), int((~p & ~y).sum()), int((~p & y).sum())
-        )
-
-    @property
-    def total(self) -> int:
-        return self.true_positive + self.false_positive + self.true_negative + self.false_negative
-
-    @property
-    def accuracy(self) -> float:
-        return divide(self.true_positive + self.true_negative, self.total)
-
-    @property
-    def precision(self) -> float:
-        return divide(self.true_positive, self.true_positive + self.false_positive)
-
-    @property
-    def recall(self) -> float:
-        return divide(self.true_positive, self.true_positive + self.false_negative)
-
-    @property
-    def f1(self) -> float:
-        return divide(
-            2 * self.true_positive,
-            2 * self.true_positive + self.false_positive + self.false_negative,
-        )
-
-    @property
-    def yes_ratio(self) -> float:
-        """Share of answers that are "yes" (of the answers, not of the labels)."""
-        return divide(self.true_positive + self.false_positive, self.total)
-
-    def as_dict(self) -> dict[str, float]:
-        names = ("accuracy", "precision", "recall", "f1", "yes_ratio")
-        return {name: getattr(self, name) for name in names}
-
-
 # --- matching --------------------------------------------------------------------------------
 
 
@@ -94,14 +41,6 @@ def auroc(positive: Numbers, negative: Numbers) -> float:
         return float("nan")
     below = np.searchsorted(n, p, side="left") + np.searchsorted(n, p, side="right")
     return float(below.sum() / (2 * len(p) * len(n)))
-
-
-def paired_win_rate(true: Numbers, other: Numbers) -> float:
-    """Share of pairs in which the true item scores above its own counterpart, ties one half."""
-    t, o = np.asarray(true, np.float64), np.asarray(other, np.float64)
-    if t.shape != o.shape:
-        raise ValueError(f"{len(t)} scores paired with {len(o)}")
-    return float(np.mean((t > o) + 0.5 * (t == o))) if len(t) else float("nan")
 
 
 # --- objects in captions ---------------------------------------------------------------------
@@ -247,11 +186,6 @@ def uniform_energy(coverage: np.ndarray) -> float:
     return float(np.mean(coverage)) if np.size(coverage) else 0.0
 
 
-def area_normalised_gain(energy: float, uniform: float) -> float:
-    """Energy in the mask over that of uniform attention; 1 = no better than not looking."""
-    return divide(energy, uniform)
-
-
 # --- intervals -------------------------------------------------------------------------------
 
 
@@ -325,23 +259,6 @@ def per_image(images: Sequence[int], values: Numbers, count: int) -> tuple[np.nd
 def mean_interval(images: Sequence[int], values: Numbers, draws: Weights) -> tuple[float, float]:
     """95 % interval of the mean of `values`, each belonging to the image numbered beside it."""
     return interval(ratio_draws(*per_image(images, values, draws.shape[1]), draws))
-
-
-def paired_difference(
-    images: Sequence[Hashable],
-    first: Numbers,
-    second: Numbers,
-    boots: int = 1000,
-    seed: int = 0,
-) -> tuple[float, float, float]:
-    """mean(first) - mean(second) on the same items, and its 95 % interval over images."""
-    if not len(first) == len(second) == len(images):
-        raise ValueError(f"{len(first)} and {len(second)} values for {len(images)} items")
-    names = {image: n for n, image in enumerate(dict.fromkeys(images))}
-    index = [names[image] for image in images]
-    gap = np.asarray(first, np.float64) - np.asarray(second, np.float64)
-    low, high = mean_interval(index, gap.tolist(), image_draws(len(names), boots, seed))
-    return float(gap.mean()), low, high
 
 
 def derangement(count: int, seed: int) -> np.ndarray:

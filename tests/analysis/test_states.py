@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from mlx_lm.models.base import create_attention_mask
 
-from agevlm_mlx.analysis.states import answer_states, watched
+from agevlm_mlx.analysis.states import answer_states
 from agevlm_mlx.data import chat
 from agevlm_mlx.data.records import Turn
 from agevlm_mlx.models.agevlm import AgeVLM
+from agevlm_mlx.models.hidden_states import hidden_states
 
 PROMPT = "Describe the image."
 TEXTS = ["A dog.", "A dog and a big red car."]
@@ -47,17 +48,17 @@ def by_hand(model: AgeVLM, x: mx.array, cache: list[Any]) -> list[mx.array]:
 def test_states_are_those_of_a_pass_layer_by_layer(model, z_img):
     ids = mx.array([[5, 6, 7, 8]])
     cache = model.look(z_img)
-    with watched(model.layers) as watch:
+    with hidden_states(model.layers) as states:
         logits = model(ids, cache=cache)
     trunk = model.language_model.model
     stream = by_hand(model, trunk.embed_tokens(ids), model.look(z_img))
-    assert len(watch.states) == len(stream) == len(model.layers) + 1
-    for seen, expected in zip(watch.states, stream, strict=True):
+    assert len(states) == len(stream) == len(model.layers) + 1
+    for seen, expected in zip(states, stream, strict=True):
         np.testing.assert_allclose(np.array(seen), np.array(expected), atol=1e-5)
     # The last state leads to the logits, so that nothing is missing between them.
     tied = "lm_head" not in model.language_model
     head = trunk.embed_tokens.as_linear if tied else model.language_model.lm_head
-    out = head(trunk.norm(watch.states[-1]))
+    out = head(trunk.norm(states[-1]))
     np.testing.assert_allclose(np.array(out), np.array(logits), atol=1e-5)
 
 
@@ -66,9 +67,9 @@ def test_layers_are_what_they_were_afterwards_also_after_an_error(model, z_img):
     before = np.array(model(mx.array([[5, 6]]), cache=model.look(z_img)))
 
     def fails() -> None:
-        with watched(model.layers) as watch:
+        with hidden_states(model.layers) as states:
             model(mx.array([[5, 6]]), cache=model.look(z_img))
-            assert len(watch.states) > 0
+            assert len(states) > 0
             assert [type(layer) for layer in model.layers] != classes
             assert all(isinstance(a, c) for a, c in zip(model.layers, classes, strict=True))
             raise RuntimeError

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -96,8 +97,7 @@ def put(folder: Path, files: Mapping[str, Any] | None = None) -> Path:
     return folder
 
 
-def read(folder: Path) -> tuple[list[Item], list[str]]:
-    return fakes.read(BENCHMARK, folder, True)
+read = partial(fakes.read, BENCHMARK, skip_bad=True)
 
 
 @pytest.fixture

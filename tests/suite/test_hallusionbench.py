@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -75,8 +76,7 @@ def put(folder: Path, rows: Sequence[Any], pictures: bool = True) -> Path:
     return folder
 
 
-def read(folder: Path) -> tuple[list[Item], list[str]]:
-    return fakes.read(BENCHMARK, folder, True)
+read = partial(fakes.read, BENCHMARK, skip_bad=True)
 
 
 @pytest.fixture
