@@ -34,7 +34,7 @@ UNIT := not parity and not kernels and not e2e and not browser and not chaos
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: .venv/.demo openblas  ## train, evaluate and report the embedded example (8 to 11 minutes)
+demo: .venv/.demo openblas  ## train, evaluate and report the embedded example (ten minutes and the installs)
 	$(BIN)/agevlm demo
 
 test: lint openblas compiler chromium  ## lint, then every test
