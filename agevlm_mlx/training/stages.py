@@ -49,11 +49,15 @@ class Stage:
     texts: tuple[GroupSpec, ...]
     #: Ordered ``[regex, scale of lr]`` rules over whole parameter names; scale 0 freezes.
     trainable: tuple[tuple[str, float], ...]
-    #: Learning rate at the stage's end; `cosine` goes there from `lr`, `constant` stays at `lr`.
+    #: Learning rate at the stage's end; `cosine` goes there from `lr`, `constant` stays at `lr`,
+    #: `wsd` (warm-up, stable, decay) stays and goes there in the last `decay` of the steps.
     lr_end: float = 0.0
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Literal["cosine", "constant", "wsd"] = "cosine"
+    decay: float = 0.2
     #: Steps of linear warm-up from 0 to `lr`.
     warmup: int = 0
+    #: Put the texts of an image into one row where they fit, each seeing only itself.
+    pack: bool = False
     losses: Losses = field(default_factory=Losses)
 
     def __post_init__(self) -> None:
@@ -65,6 +69,8 @@ class Stage:
             raise UserError(
                 f"{where}: expected lr > 0 and lr_end >= 0, got {self.lr}, {self.lr_end}"
             )
+        if not 0 < self.decay <= 1:
+            raise UserError(f"{where}: expected 0 < decay <= 1, got {self.decay}")
         if not self.texts:
             raise UserError(f"{where}: texts is empty; name at least one kind of text")
         attention = self.losses.attention
@@ -72,6 +78,29 @@ class Stage:
             raise UserError(f"{where}: expected loss weights >= 0")
         if attention.heads is not None:
             _at_least(where, "losses.attention.heads", attention.heads, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSpec:
+    """Low-rank adapters on the language model, by mlx-lm's tuner; fused in the finished model."""
+
+    rank: int = 8
+    #: Factor of what an adapter adds (mlx-lm's `scale`; alpha / rank elsewhere).
+    scale: float = 20.0
+    dropout: float = 0.0
+    #: Only the last so many decoder layers; None is all.
+    num_layers: int | None = None
+    #: Linear layers of a decoder layer by name; None is all of its own, cross-attention never.
+    keys: tuple[str, ...] | None = None
+    #: DoRA (arXiv 2402.09353) instead of LoRA.
+    dora: bool = False
+
+    def __post_init__(self) -> None:
+        _at_least("model.lora", "rank", self.rank, 1)
+        if self.num_layers is not None:
+            _at_least("model.lora", "num_layers", self.num_layers, 1)
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"model.lora: expected 0 <= dropout < 1, got {self.dropout}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +115,7 @@ class ModelSpec:
     text_config: dict[str, Any] | None = None
     vision_config: dict[str, Any] | None = None
     fusion_config: FusionConfig | None = None
+    lora: LoraSpec | None = None
 
     def __post_init__(self) -> None:
         given = [k for k in ("text_config", "vision_config", "fusion_config") if getattr(self, k)]
@@ -120,6 +150,21 @@ class DataSpec:
     teach: bool = False
     #: Mirror images at random. Leave it off when texts say left and right.
     flip: bool = False
+    #: What becomes of a bad record or image: end the run, or leave it out and list it in
+    #: ``bad_records.jsonl``.
+    on_error: Literal["stop", "skip"] = "stop"
+    #: Images never to train on: names of shipped lists or files of image names.
+    exclude: tuple[str, ...] = ("pope",)
+    #: Batches of a window within which images are sorted by the length of their texts; 0 is off.
+    bucket: int = 16
+    #: Threads that decode and tokenise ahead of the step, and how many batches they may be ahead.
+    workers: int = 2
+    prefetch: int = 4
+
+    def __post_init__(self) -> None:
+        _at_least("data", "bucket", self.bucket, 0)
+        _at_least("data", "workers", self.workers, 1)
+        _at_least("data", "prefetch", self.prefetch, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,14 +186,51 @@ class TrainSpec:
     clip: float = 1.0
     weight_decay: float = 0.02
     betas: tuple[float, float] = (0.9, 0.98)
+    #: Muon (momentum made orthogonal) for matrices inside layers, AdamW for the rest.
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    #: Images at a time on one machine; a step adds up the gradients of its parts. None is all.
+    micro_batch: int | None = None
+    #: Of the forward and backward pass; the trained parameters are kept in float32 as well.
+    #: ``auto`` is bfloat16 on a GPU and float32 on a CPU.
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    #: mx.compile of the step; ``auto`` is on a GPU only.
+    compile: Literal["auto", "on", "off"] = "auto"
+    #: Compute the layers again in the backward pass instead of keeping what is in them.
+    grad_checkpoint: bool = False
+    #: Decay of a running mean of the weights, which is then validated and exported; 0 is off.
+    ema: float = 0.0
+    #: End the run after so many validations of the last stage without an improvement.
+    patience: int | None = None
+    #: Also report to these, through their own packages.
+    report_to: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
+    #: Draw curves, and where the model looks, each so many steps; 0 is never.
+    pictures_every: int = 500
     #: Which weights the finished model has: those of the last step or of the best validation.
     export: Literal["last", "best"] = "last"
 
     def __post_init__(self) -> None:
         for name in ("checkpoint_every", "keep", "val_every", "val_images", "log_every"):
             _at_least("train", name, getattr(self, name), 1)
+        _at_least("train", "pictures_every", self.pictures_every, 0)
+        for name in ("micro_batch", "patience"):
+            if getattr(self, name) is not None:
+                _at_least("train", name, getattr(self, name), 1)
+        if not 0 <= self.ema < 1:
+            raise UserError(f"train.ema: expected 0 <= ema < 1, got {self.ema}")
         if self.clip <= 0:
             raise UserError(f"train.clip: expected a number > 0, got {self.clip}")
+
+
+#: Keys that decide nothing about the parameters, or only in the last bit: a run may be resumed
+#: with other values of these.
+_FREE = {
+    "train": (
+        "out", "checkpoint_every", "keep", "log_every", "val_every", "val_images", "export",
+        "micro_batch", "compile", "grad_checkpoint", "patience", "report_to", "pictures_every",
+        "on_nan",
+    ),
+    "data": ("on_error", "workers", "prefetch"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +247,8 @@ class Recipe:
             raise UserError("stages: expected at least one [[stages]] table")
         if self.train.export == "best" and self.data.val is None:
             raise UserError("train.export: 'best' needs data.val to tell which step is best")
+        if self.train.patience is not None and self.data.val is None:
+            raise UserError("train.patience: needs data.val to tell what is an improvement")
 
     @property
     def steps(self) -> int:
@@ -182,9 +266,10 @@ class Recipe:
     def fingerprint(self) -> str:
         """Hash of everything that decides the parameters; a run resumes only under the same one."""
         data = config.to_dict(self)
-        for key in ("out", "checkpoint_every", "keep", "log_every", "val_every", "val_images"):
-            data["train"].pop(key)
-        data["train"].pop("export")
+        for key in _FREE["train"]:
+            data["train"].pop(key, None)
+        for key in _FREE["data"]:
+            data["data"].pop(key, None)
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
 
