@@ -29,11 +29,16 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
     except BaseException:
         name.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Let a file's new name survive a power cut, as its bytes do."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the rename itself has to survive a power cut, too
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:

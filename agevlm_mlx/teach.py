@@ -9,59 +9,94 @@ same command continues where it stopped.
 import argparse
 import contextlib
 import dataclasses
+import importlib.util
 import os
+import shlex
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from . import errors
 from .data.image import Preprocessor
-from .data.records import read_records
+from .data.record_set import OnError, read_records, write_problems
+from .data.records import Problem
 from .errors import UserError
-from .sam.labelling import Job, Labeller, Teacher, collect, label_all
-from .sam.store import Store, StoreMeta, StoreWriter, file_sha256
+from .sam.automatic import Automatic
+from .sam.jobs import Jobs, survey
+from .sam.labelling import Labelled, Labeller, label_all
+from .sam.launchers import launched
+from .sam.merging import merge_stores
+from .sam.progress import Progress
+from .sam.protocol import Teacher
+from .sam.room import check_free, check_space, disk, forecast, megabytes
+from .sam.store import Store, StoreMeta, StoreWriter
+from .sam.writer import BAD_RECORDS, FLUSH_SECONDS
 
 EXAMPLES = """
 examples:
   agevlm scenes --out data/scenes --n 5000
   agevlm teach --data data/scenes --out data/scenes-sam
-  agevlm teach --data photos --out photos-sam --checkpoint sam_vit_b_01ec64.pth --features
-  agevlm teach --data photos --out photos-sam --model runs/mine --dry-run
+  agevlm teach --data coco --out coco-sam --checkpoint sam_vit_b_01ec64.pth --features
+  agevlm teach --data coco --out coco-sam --checkpoint ./sam-vit-base --grid 24x24 --dry-run
+  agevlm teach --data photos --out photos-sam --prompt auto --points-per-side 32
+  agevlm teach --data photos --out photos-sam --on-error skip
   agevlm teach --data photos --out photos-sam --verify
-  agevlm teach --data photos --out part1 --part 1/2     (and part 2/2 on another machine)
-  agevlm teach --merge part1 part2 --out photos-sam
+
+on two machines, each with the data; the second line on the other one, the third on any:
+  agevlm teach --data coco --out coco-sam-1 --shard 1/2
+  agevlm teach --data coco --out coco-sam-2 --shard 2/2
+  agevlm teach --merge coco-sam-1 coco-sam-2 --out coco-sam
+or all at once, into coco-sam-1-of-2 and coco-sam-2-of-2:
+  mlx.launch --hostfile hosts.json -- agevlm teach --data coco --out coco-sam --shard auto
 
 Meta's checkpoints: https://github.com/facebookresearch/segment-anything#model-checkpoints
 """
 
-#: Finished images whose files are hashed again when a run continues.
-SAMPLE = 64
-#: Seconds between progress lines where the output is not a terminal.
-PROGRESS_SECONDS = 10.0
+#: Settings of automatic masks for the embedded teacher.
+SMALL_AUTOMATIC = {"points_per_side": 16}
+
+Backend = Literal["torch", "mlx"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MakeLabeller:
     """Builds the labeller; picklable, so that every worker process can build its own."""
 
-    checkpoint: Path | None
-    model_type: str | None
-    device: str | None
     preprocessor: Preprocessor
     grid: tuple[int, int]
-    features: bool
+    features: bool = False
+    checkpoint: Path | None = None
+    model_type: str | None = None
+    backend: Backend = "mlx"
+    device: str | None = None
+    automatic: Automatic | None = None
+    on_error: OnError = "stop"
     threads: int | None = None
 
     def __call__(self) -> Labeller:
         """Load the teacher. ``UserError`` if torch is missing or the checkpoint is wrong."""
+        return Labeller(
+            self._teacher(),
+            self.preprocessor,
+            self.grid,
+            self.features,
+            self.automatic,
+            self.on_error,
+        )
+
+    def _teacher(self) -> Teacher:
+        if self.backend == "mlx":
+            from .sam.mlx_teacher import MlxTeacher
+
+            return MlxTeacher(self.checkpoint, self.model_type)
         from .sam.teacher import Teacher, set_threads
 
         if self.threads:
             set_threads(self.threads)
-        teacher = Teacher(self.checkpoint, self.model_type, self.device)
-        return Labeller(teacher, self.preprocessor, self.grid, self.features)
+        return Teacher(self.checkpoint, self.model_type, self.device)
 
 
 @errors.command
@@ -75,18 +110,41 @@ def main(argv: list[str] | None = None) -> int:
         return verify(args.out, args.data)
     if args.data is None:
         parser.error("--data is required (or --verify, or --merge)")
-    jobs = _jobs(args)
+    shard, shards = launched(os.environ) if args.shard == "auto" else args.shard
+    out = args.out
+    if args.shard == "auto" and shards > 1:
+        out = _shard_of(args.out, shard, shards)
+    jobs, problems = _jobs(args, shard, shards)
     preprocessor, grid = student(args)
     make = MakeLabeller(
-        args.checkpoint, args.model_type, args.device, preprocessor, grid, args.features
+        preprocessor=preprocessor,
+        grid=grid,
+        features=args.features,
+        checkpoint=args.checkpoint,
+        model_type=args.model_type,
+        backend=choose_backend(args.backend, args.device),
+        device=args.device,
+        automatic=_automatic(args),
+        on_error=args.on_error,
     )
-    return teach(
-        jobs, make, args.out, prompt=args.prompt, workers=args.workers, dry_run=args.dry_run
+    status = teach(
+        jobs,
+        make,
+        out,
+        prompt=args.prompt,
+        workers=args.workers,
+        dry_run=args.dry_run,
+        problems=problems,
     )
+    if shards > 1 and not args.dry_run:
+        print(
+            f"{out}: shard {shard} of {shards}; when all are made: {_merge_command(args, shards)}"
+        )
+    return status
 
 
 def teach(
-    jobs: Sequence[Job],
+    jobs: Jobs,
     make: MakeLabeller,
     out: Path,
     *,
@@ -94,10 +152,12 @@ def teach(
     workers: int | None = None,
     dry_run: bool = False,
     labeller: Labeller | None = None,
+    problems: Sequence[Problem] = (),
 ) -> int:
     """Label `jobs` into the store `out`, those that it lacks. Returns the exit status.
 
     `labeller` replaces the one that `make` would build, and then no process is started.
+    `problems` are records left out already, to be listed with the images that are.
     """
     here = labeller or make()
     teacher = here.teacher
@@ -106,40 +166,59 @@ def teach(
         preprocessing=make.preprocessor.fingerprint(),
         grid=make.grid,
         feature_channels=teacher.feature_channels if make.features else 0,
-        prompt=prompt,
+        prompt=prompt if make.automatic is None else str(make.automatic),
     )
+    counting = Progress(len(jobs), "images counted", brief=True)
     if dry_run:
-        forecast(jobs, meta)
+        forecast(survey(jobs, meta, progress=counting.show_of), meta, out)
         print("dry run: nothing written")
         return 0
     with StoreWriter(out, meta) as writer:
-        todo = unfinished(jobs, writer)
-        if len(todo) < len(jobs):
-            print(f"{out}: {len(jobs) - len(todo)} of {len(jobs)} images are done already")
-        forecast(todo, meta)
+        plan = survey(jobs, meta, writer, counting.show_of)
+        if not plan.total:
+            raise UserError(f"{out}: expected phrases with a box or a point, got none to label")
+        if len(plan.todo) < plan.total:
+            print(f"{out}: {plan.total - len(plan.todo)} of {plan.total} images are done already")
+        forecast(plan, meta, out)
+        check_space(plan, out)
         count = 1 if labeller else _workers(workers, teacher)
-        if count == 1:
-            results = label_all(todo, lambda: here, workers=1, batch_size=teacher.batch_size)
-        else:
-            one = dataclasses.replace(make, threads=1)
-            results = label_all(todo, one, workers=count, batch_size=teacher.batch_size)
-        progress = Progress(len(todo))
+        batch_size = 1 if make.automatic else teacher.batch_size
+        results = label_all(
+            (jobs[int(number)] for number in plan.todo),
+            (lambda: here) if count == 1 else dataclasses.replace(make, threads=1),
+            workers=count,
+            batch_size=batch_size,
+        )
+        bad = _BadRecords(out / BAD_RECORDS, [*problems, *jobs.problems])
+        progress, empty = Progress(len(plan.todo)), 0
         try:
-            with contextlib.closing(results):
+            with contextlib.closing(results), bad:
                 for done, result in enumerate(results, start=1):
-                    writer.add(**vars(result))
+                    if isinstance(result, Labelled):
+                        writer.add(**vars(result))
+                        empty += int((result.iou == 0).sum()) if make.automatic else 0
+                    else:
+                        bad.add(result)
                     progress.show(done)
         except KeyboardInterrupt:
             print(f"\n{out}: run the same command again to continue", file=sys.stderr)
             raise
-    print(f"{out}: {len(Store(out))} images, {_megabytes(_disk(out))} on disk")
+        images = len(writer.done)
+    if empty:
+        print(
+            f"{out}: no automatic mask fits {empty} of {plan.prompts} phrases; those guide nothing"
+        )
+    if bad.problems:
+        print(f"{out}: {len(bad.problems)} left out, listed in {bad.path}")
+    print(f"{out}: {images} images, {megabytes(disk(out))} on disk")
     return 0
 
 
 def verify(out: Path, data: Path | None) -> int:
     """Hash a store, and the images of `data`, again."""
     store = Store(out)
-    store.verify(None if data is None else _root(data), Progress(0, "files").show_of)
+    root = None if data is None else read_records(data, on_error="skip").root
+    store.verify(root, Progress(0, "files").show_of)
     images = "its images too" if data is not None else "pass --data to check its images too"
     print(f"{out}: {len(store)} images verified ({images})")
     return 0
@@ -147,70 +226,90 @@ def verify(out: Path, data: Path | None) -> int:
 
 def merge(parts: Sequence[Path], out: Path) -> int:
     """Put the images of several stores into one. ``UserError`` if they do not fit together."""
-    stores = [Store(part) for part in parts]
-    for store in stores[1:]:
-        difference = stores[0].meta.difference(store.meta)
-        if difference:
-            raise UserError(f"{store.path}: cannot be merged with {stores[0].path}: {difference}")
-    with StoreWriter(out, stores[0].meta) as writer:
-        done = writer.done
-        for store in stores:
-            for key in store:
-                if key not in done:
-                    writer.add(key, **store.rows(key))
-                    done.add(key)
-    print(f"{out}: {len(Store(out))} images from {len(parts)} stores")
+    check_free(out, sum(disk(part) for part in parts if part.is_dir()))
+    images = merge_stores(parts, out, Progress(0, "images merged", brief=True).show_of)
+    print(f"{out}: {images} images from {len(parts)} stores, {megabytes(disk(out))} on disk")
     return 0
 
 
-@dataclass
-class Progress:
-    """A line with rate and time left: rewritten on a terminal, else one every ten seconds."""
+class _BadRecords:
+    """The list of what was left out; on disk now and then, and at the end if there is any."""
 
-    total: int
-    what: str = "images"
-    first: float = 0.0
-    shown: float = 0.0
+    def __init__(self, path: Path, problems: list[Problem]):
+        self.path, self.problems = path, problems
+        self._written = 0.0
 
-    def show(self, done: int) -> None:
-        """Say how far it is, if it is time to."""
-        now = time.monotonic()
-        self.first = self.first or now  # not before: loading the teacher says nothing of its pace
-        live = sys.stderr.isatty()
-        pause = 0.2 if live else PROGRESS_SECONDS
-        if done < self.total and now - (self.shown or self.first) < pause:
-            return
-        self.shown = now
-        line = f"{self.what} {done}/{self.total}"
-        if done > 1 and now > self.first:
-            rate = (done - 1) / (now - self.first)
-            line += f"  {rate:.1f}/s"
-            line += f"  {(self.total - done) / rate:.0f} s left" if done < self.total else ""
-        end = "\r" if live and done < self.total else "\n"
-        print(f"{line:<60}" if live else line, end=end, file=sys.stderr, flush=True)
+    def __enter__(self) -> "_BadRecords":
+        return self
 
-    def show_of(self, done: int, total: int) -> None:
-        """`show` for a caller that knows the total."""
-        self.total = total
-        self.show(done)
+    def __exit__(self, *_: object) -> None:
+        if self.problems:
+            write_problems(self.path, self.problems)
+        else:
+            self.path.unlink(missing_ok=True)
+
+    def add(self, problem: Problem) -> None:
+        self.problems.append(problem)
+        if time.monotonic() - self._written > FLUSH_SECONDS:
+            write_problems(self.path, self.problems)
+            self._written = time.monotonic()
 
 
-def _jobs(args: argparse.Namespace) -> list[Job]:
+def _jobs(args: argparse.Namespace, shard: int, shards: int) -> tuple[Jobs, list[Problem]]:
     if not args.data.exists():
         raise UserError(
             f"{args.data}: no such data folder; make one with `agevlm scenes --out {args.data}` "
             "or pass your own"
         )
-    jobs = collect(read_records(args.data), _root(args.data), args.prompt)
-    jobs = [job for job in jobs if args.features or job.keys]
+    records = read_records(args.data, on_error=args.on_error)
+    for note in records.notes():
+        print(note)
+    jobs = Jobs(records, args.prompt, every_image=args.features, on_error=args.on_error)
     if not jobs:
         raise UserError(f"{args.data}: expected phrases with a box or a point, got none to label")
-    part, parts = args.part
-    return jobs[part - 1 :: parts][: args.limit]
+    return jobs.part(shard - 1, shards, args.limit), records.problems
 
 
-def _root(data: Path) -> Path:
-    return data if data.is_dir() else data.parent
+def _shard_of(out: Path, shard: int, shards: int) -> Path:
+    return out.with_name(f"{out.name}-{shard}-of-{shards}")
+
+
+def _merge_command(args: argparse.Namespace, shards: int) -> str:
+    parts = [str(_shard_of(args.out, k + 1, shards)) for k in range(shards)]
+    if args.shard != "auto":
+        parts = [str(args.out), "OTHERS"]
+    out = str(args.out) if args.shard == "auto" else "OUT"
+    return "agevlm teach --merge " + shlex.join([*parts, "--out", out])
+
+
+def choose_backend(wanted: str, device: str | None) -> Backend:
+    """What computes the teacher: MLX on a Mac's GPU or where torch is missing, else torch.
+
+    A device is torch's. ``UserError`` if it is asked of MLX.
+    """
+    if wanted == "mlx":
+        if device is not None:
+            raise UserError(f"--device {device}: is for --backend torch; drop one of them")
+        return "mlx"
+    if wanted == "torch" or device is not None:
+        return "torch"
+    needs = ("torch", "torchvision", "segment_anything")
+    if any(importlib.util.find_spec(name) is None for name in needs):
+        return "mlx"
+    import mlx.core as mx
+
+    return "mlx" if mx.metal.is_available() else "torch"
+
+
+def _automatic(args: argparse.Namespace) -> Automatic | None:
+    names = [field.name for field in dataclasses.fields(Automatic)]
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.prompt == "auto":
+        return Automatic(**({} if args.checkpoint else SMALL_AUTOMATIC) | given)
+    if given:
+        flag = next(iter(given)).replace("_", "-")
+        raise UserError(f"--{flag}: is for --prompt auto, got --prompt {args.prompt}; drop one")
+    return None
 
 
 def add_student_arguments(parser: argparse.ArgumentParser) -> None:
@@ -236,20 +335,6 @@ def student(args: argparse.Namespace) -> tuple[Preprocessor, tuple[int, int]]:
     return loaded.preprocessor, loaded.model.grid
 
 
-def unfinished(jobs: Sequence[Job], writer: StoreWriter) -> list[Job]:
-    """The jobs that the store lacks. ``UserError`` if finished images have changed."""
-    done = writer.done
-    finished = [job for job in jobs if job.key in done]
-    for job in finished[:: max(len(finished) // SAMPLE, 1)]:
-        if file_sha256(job.path) != writer.sha256(job.key):
-            raise UserError(
-                f"{writer.path}: image {job.key} changed since it was labelled; delete the store "
-                "or choose another --out"
-            )
-    complete = {job.key for job in finished if set(job.keys) <= set(writer.prompts(job.key))}
-    return [job for job in jobs if job.key not in complete]
-
-
 def _workers(wanted: int | None, teacher: Teacher) -> int:
     """How many processes: one per core for a small teacher on the CPU, else one."""
     if wanted is not None:
@@ -260,26 +345,6 @@ def _workers(wanted: int | None, teacher: Teacher) -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
-def forecast(jobs: Sequence[Job], meta: StoreMeta) -> None:
-    """Say how much there is to store and how large it will be."""
-    prompts = sum(len(job.keys) for job in jobs)
-    keys = sum(len(job.key) + 130 + sum(len(key) + 4 for key in job.keys) for job in jobs)
-    size = prompts * (meta.cells + 2) + len(jobs) * meta.cells * meta.feature_channels * 2 + keys
-    features = f", features of {meta.feature_channels} channels" if meta.feature_channels else ""
-    print(
-        f"{len(jobs)} images, {prompts} prompts on a {meta.grid[0]}x{meta.grid[1]} grid{features}: "
-        f"about {_megabytes(size)}"
-    )
-
-
-def _disk(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 2**20:.1f} MB" if size < 2**30 else f"{size / 2**30:.2f} GB"
-
-
 def _grid(text: str) -> tuple[int, int]:
     try:
         height, width = (int(part) for part in text.lower().split("x"))
@@ -288,14 +353,16 @@ def _grid(text: str) -> tuple[int, int]:
     return height, width
 
 
-def _part(text: str) -> tuple[int, int]:
+def _shard(text: str) -> tuple[int, int] | Literal["auto"]:
+    if text == "auto":
+        return "auto"
     try:
-        part, parts = (int(piece) for piece in text.split("/"))
+        shard, shards = (int(piece) for piece in text.split("/"))
     except ValueError:
-        part, parts = 0, 0
-    if not 1 <= part <= parts:
-        raise argparse.ArgumentTypeError(f"expected PART/PARTS like 1/2, got {text!r}")
-    return part, parts
+        shard, shards = 0, 0
+    if not 1 <= shard <= shards:
+        raise argparse.ArgumentTypeError(f"expected K/N like 1/2, or auto, got {text!r}")
+    return shard, shards
 
 
 def _positive(text: str) -> int:
@@ -309,25 +376,72 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--data", type=Path, help="data folder, or one .json/.jsonl file of records")
+    add("--data", type=Path, help="the data: whatever `agevlm train` reads, file or folder")
     add("--out", type=Path, required=True, help="folder of the store")
     teacher = parser.add_argument_group("teacher")
     add = teacher.add_argument
-    add("--checkpoint", type=Path, help="a SAM checkpoint (default: the embedded small teacher)")
+    add(
+        "--checkpoint",
+        type=Path,
+        help="SAM's weights: Meta's .pth, or the folder of a Hugging Face SamModel "
+        "(default: the embedded small teacher)",
+    )
     add("--model-type", choices=("vit_b", "vit_l", "vit_h"), help="check that it is this one")
-    add("--device", help="mps, cuda or cpu (default: the first of them that is there)")
-    add("--prompt", choices=("box", "point"), default="box", help="show SAM boxes or points only")
+    add(
+        "--backend",
+        choices=("auto", "torch", "mlx"),
+        default="auto",
+        help="what runs it (auto: mlx on a Mac or where torch is missing, else torch)",
+    )
+    add("--device", help="torch's mps, cuda or cpu (default: the first of them that is there)")
+    add(
+        "--prompt",
+        choices=("box", "point", "auto"),
+        default="box",
+        help="show SAM boxes, or points only, or a grid of points; with auto a phrase gets the "
+        "mask that fits its box or contains its point",
+    )
     add("--features", action="store_true", help="store SAM's image features as well")
+    _add_automatic_arguments(parser)
     add_student_arguments(parser)
     running = parser.add_argument_group("running")
     add = running.add_argument
     add("--workers", type=_positive, help="processes (default: one per core, or one on a GPU)")
     add("--limit", type=_positive, metavar="N", help="only the first N images")
-    add("--part", type=_part, default=(1, 1), metavar="K/N", help="only every Nth image, from K")
+    add(
+        "--shard",
+        type=_shard,
+        default=(1, 1),
+        metavar="K/N",
+        help="only every Nth image, from the Kth on; auto: as mlx.launch or mpirun says, into "
+        "OUT-K-of-N",
+    )
+    add(
+        "--on-error",
+        choices=("stop", "skip"),
+        default="stop",
+        help=f"at a record or an image that cannot be used: stop, or list it in {BAD_RECORDS}",
+    )
     add("--dry-run", action="store_true", help="count and forecast, write nothing")
     add("--verify", action="store_true", help="hash a finished store (and --data) again")
     add("--merge", type=Path, nargs="+", metavar="STORE", help="join stores into --out")
     return parser
+
+
+def _add_automatic_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("automatic masks (--prompt auto; Meta's names and defaults)")
+    add = group.add_argument
+    add("--points-per-side", type=_positive, metavar="N", help="of the grid (32; embedded: 16)")
+    add("--pred-iou-thresh", type=float, metavar="SHARE", help="least estimate of a mask's IoU")
+    add("--stability-score-thresh", type=float, metavar="SHARE", help="least stability of a mask")
+    add("--box-nms-thresh", type=float, metavar="SHARE", help="largest IoU of two masks' boxes")
+    add("--min-mask-region-area", type=_positive, metavar="PIXELS", help="drop smaller pieces")
+    add(
+        "--match-thresh",
+        type=float,
+        metavar="SHARE",
+        help="least IoU of a mask's and a phrase's box",
+    )
 
 
 if __name__ == "__main__":

@@ -5,13 +5,14 @@ import json
 import sys
 from pathlib import Path
 
-from . import atomic, config
+from . import atomic, config, watch
 from .errors import UserError, command
 from .training import checkpoint, preview, toml
 from .training.build import Job, export, prepare
+from .training.ranks import LostRanks, Ranks
 from .training.rules import named_parameters
 from .training.stages import Recipe, read_recipe, shipped_recipes
-from .training.trainer import Trainer, load_parameters
+from .training.trainer import Observer, Trainer
 
 DEFAULT_RECIPE = "scenes"
 
@@ -22,6 +23,7 @@ examples:
   agevlm train --recipe mine.toml --out runs/mine  your own
   agevlm train stages.1.lr=5e-4 train.seed=1 --out runs/seed1
   agevlm train --resume runs/seed1                 go on after Ctrl-C, a crash or a full disk
+  mlx.launch -n 2 $(which agevlm) train            two processes; --hosts a,b for two machines
 
 Any key of the recipe can be given as key=value; [[stages]] are stages.0, stages.1 and so on.
 Ctrl-C finishes the step, saves and leaves; twice leaves at once.
@@ -54,34 +56,63 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run ``agevlm train``; 0 when the model is written or a signal ended the run in order."""
     args = parser().parse_args(argv)
-    recipe, run = _recipe(args)
+    ranks = Ranks.start()
+    try:
+        return _run(args, ranks)
+    except LostRanks as error:
+        raise UserError(f"the connection to another process was lost ({error})") from None
+
+
+def _run(args: argparse.Namespace, ranks: Ranks) -> int:
+    say = print if ranks.first else _silent
+    with ranks.together():
+        recipe, run = _recipe(args) if ranks.first else (None, None)
+        if run is not None and args.resume is None and not args.dry_run:
+            _check_folder(run, args.overwrite)
+    # What rank 0 has read counts: the others may lack the file, and the folder of the run.
+    tables = ranks.share([config.to_dict(recipe), str(run)] if recipe else None)
+    recipe, run = config.from_dict(Recipe, tables[0]), Path(tables[1])
     if args.dry_run:
-        return _dry_run(recipe)
-    if args.resume is None:
-        _check_folder(run, args.overwrite)
-    job = prepare(recipe, args.resume)
-    if args.resume is None:
-        _start(run, job)
-    trainer = Trainer(job, run)
-    saved = checkpoint.load(run)
+        return _dry_run(recipe) if ranks.first else 0
+    if ranks.size > 1:
+        say(f"{ranks.size} processes train together")
+    job = prepare(recipe, args.resume, say, ranks=ranks)
+    with ranks.together():
+        if ranks.first and args.resume is None:
+            _start(run, job)
+    with ranks.together():
+        saved = checkpoint.load(run) if ranks.first else None
+        step = saved.step if saved else 0
+        observers = _observers(run, job, step) if ranks.first else []
+    trainer = Trainer(job, run, ranks=ranks, observers=observers)
+    trainer.restore(saved)
     if saved is not None:
-        trainer.restore(saved)
-        print(f"going on from step {saved.step} of {recipe.steps} in {run}")
+        say(f"going on from step {saved.step} of {recipe.steps} in {run}")
     elif args.resume is not None:
-        print(f"{run} has no checkpoint yet: starting at step 1")
+        say(f"{run} has no checkpoint yet: starting at step 1")
     if not trainer.train():
-        print(
+        say(
             f"stopped after step {trainer.step} of {recipe.steps}; "
             f"go on with: agevlm train --resume {run}"
         )
         return 0
-    if recipe.train.export == "best" and trainer.best:
-        best = checkpoint.load_step(run, trainer.best["step"])
-        load_parameters(job.model, best.model, str(run))
-    export(job, run)
-    size = sum(value.size for value in named_parameters(job.model).values())
-    print(f"wrote {run} ({size:,} parameters); try: agevlm evaluate --model {run}")
+    if trainer.step < recipe.steps:
+        say(f"ended at step {trainer.step}: validation has not improved {trainer.stale} times")
+    if ranks.first:
+        trainer.finish()
+        export(job, run)
+        size = sum(value.size for value in named_parameters(job.model).values())
+        say(f"wrote {run} ({size:,} parameters); try: agevlm evaluate --model {run}")
     return 0
+
+
+def _silent(*args: object, **kwargs: object) -> None:
+    """Says nothing: one process speaks for all."""
+
+
+def _observers(run: Path, job: Job, step: int) -> list[Observer]:
+    """Who is told of the run besides ``metrics.jsonl`` and the terminal."""
+    return [watch.Pictures(run, job)] if job.recipe.train.pictures_every else []
 
 
 def _recipe(args: argparse.Namespace) -> tuple[Recipe, Path]:

@@ -22,6 +22,7 @@ from .data.image import Preprocessor
 from .errors import UserError, one_line
 from .hub import download
 from .models.agevlm import AgeVLM
+from .models.tensors import assign
 from .models.vision import fitted
 
 #: Where ``make demo`` leaves its model; preferred over the shipped one when it is there.
@@ -171,29 +172,6 @@ def write_weights(folder: Path, weights: dict[str, mx.array], max_shard: int = M
         write_safetensors(folder / file, {name: weights.pop(name) for name in names})
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     _write_json(folder / "model.safetensors.index.json", index)
-
-
-def check_shapes(module: nn.Module, weights: Mapping[str, mx.array], where: object) -> None:
-    """``UserError`` lists what is missing, extra or of another shape than `module` has."""
-    own = dict(tree_flatten(module.parameters()))
-    problems = [f"missing {k}" for k in own if k not in weights]
-    problems += [f"unexpected {k}" for k in weights if k not in own]
-    problems += [
-        f"{k} expected {own[k].shape}, got {weights[k].shape}"
-        for k in own
-        if k in weights and own[k].shape != weights[k].shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise UserError(
-            f"{where}: weights of another architecture: {'; '.join(problems[:4])}{more}"
-        )
-
-
-def assign(module: nn.Module, weights: Mapping[str, mx.array], where: object) -> None:
-    """Give `module` exactly these weights; ``UserError`` as `check_shapes` raises it."""
-    check_shapes(module, weights, where)
-    module.load_weights(list(weights.items()))
 
 
 def quantize(model: AgeVLM, settings: Mapping[str, Any], stored: Mapping[str, mx.array]) -> None:

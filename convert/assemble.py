@@ -26,8 +26,9 @@ from agevlm_mlx.config import FusionConfig, ModelConfig
 from agevlm_mlx.errors import UserError
 from agevlm_mlx.models.agevlm import AgeVLM
 from agevlm_mlx.models.projector import PROJECTORS
+from agevlm_mlx.models.tensors import check_shapes
 from agevlm_mlx.quantization import layers_by_bits, nbytes
-from agevlm_mlx.weights import check_shapes, quantize, save_model
+from agevlm_mlx.weights import quantize, save_model
 
 from . import source, vision
 from .language_model import LanguageModel, open_language_model, parameters

@@ -4,9 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from agevlm_mlx.config import from_dict
+from agevlm_mlx.models.tensors import Rule, channels_last, known_keys
 from agevlm_mlx.models.vision.clip import ClipConfig
-
-from .rules import Rule, channels_last, known_keys
 
 
 def config(table: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from agevlm_mlx.errors import UserError
-
-from .rules import Rule, channels_last
+from agevlm_mlx.models.tensors import Rule, channels_last
 
 _LARGE = {"depths": (3, 3, 27, 3), "hidden_sizes": (192, 384, 768, 1536)}
 _TEST = {"layer_norm_eps": 1e-5, "hidden_act": "gelu_pytorch_tanh"}

@@ -17,11 +17,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from agevlm_mlx.errors import UserError
+from agevlm_mlx.models.tensors import Rule, apply_rules
 
-from . import rules
 from .gguf_file import Tensor, read_header, read_tensors
 from .gguf_tokenizer import build_tokenizer, end_tokens
-from .rules import Rule
 
 
 @dataclass(frozen=True)
@@ -298,7 +297,7 @@ def read_gguf(path: Path, dtype: mx.Dtype = mx.float32) -> GgufModel:
     config = _config(keys, tensors, arrays.get("rope_freqs.weight"))
     config |= family.config(keys, config)
     config |= {"model_type": family.model_type, "architectures": [family.architecture]}
-    weights, _ = rules.apply(arrays, _rules(config, family), path)
+    weights, _ = apply_rules(arrays, _rules(config, family), path)
     for name in list(weights):
         weights[name] = weights[name].astype(dtype)
     kinds = Counter(tensor.kind for tensor in tensors.values())

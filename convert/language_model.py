@@ -16,7 +16,8 @@ from mlx_lm.utils import load_config
 from agevlm_mlx.config import read_json
 from agevlm_mlx.errors import UserError, one_line
 from agevlm_mlx.models.graft import build_language_model, tie_embeddings
-from agevlm_mlx.weights import check_shapes, load_tokenizer
+from agevlm_mlx.models.tensors import check_shapes
+from agevlm_mlx.weights import load_tokenizer
 
 from . import source
 

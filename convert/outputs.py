@@ -22,8 +22,9 @@ from agevlm_mlx.data.painting import make_scene
 from agevlm_mlx.data.records import Turn
 from agevlm_mlx.data.scene_texts import scene_records
 from agevlm_mlx.errors import UserError
+from agevlm_mlx.models.tensors import assign
 from agevlm_mlx.models.vision import VISION_ENCODERS, build_encoder
-from agevlm_mlx.weights import Loaded, assign, read_weights
+from agevlm_mlx.weights import Loaded, read_weights
 
 #: Of the pictures, which no recipe trains on ("val"), and of the random tokens.
 _SEED = 20_260

@@ -1,7 +1,7 @@
 """Convert SAM's image encoder: Meta's .pth files and Hugging Face SamModel folders.
 
 The result is an encoder folder as `agevlm-convert vision` makes it. The prompt encoder and the
-mask decoder are left out: `agevlm teach` runs those in torch, from Meta's file.
+mask decoder are left out: `agevlm teach` runs those, from the same files.
 
 examples:
   agevlm-convert sam --checkpoint sam_vit_b_01ec64.pth --mlx-path sam-vit-b
@@ -20,6 +20,7 @@ from agevlm_mlx.data.image import Preprocessor
 from agevlm_mlx.errors import UserError
 from agevlm_mlx.models.vision import build_encoder
 from agevlm_mlx.models.vision.sam import SamConfig
+from agevlm_mlx.sam.names import as_hugging_face
 
 from . import sam_weights, source, vision
 
@@ -38,7 +39,9 @@ def open_meta(checkpoint: Path, image_size: int | None = None) -> Iterator[visio
         native = from_dict(SamConfig, sam_weights.meta_config(tensors, checkpoint), str(checkpoint))
         own = asdict(native) | ({} if image_size is None else {"image_size": image_size})
         encoder = build_encoder(own)
-        ours, dropped = vision.renamed(tensors, sam_weights.META_RULES, encoder, checkpoint)
+        theirs = as_hugging_face(tensors, checkpoint)
+        tensors.clear()  # so that memory holds each of them once
+        ours, dropped = vision.renamed(theirs, sam_weights.rules(own), encoder, checkpoint)
         preprocessor = Preprocessor.from_dict(encoder.preprocessing)
         yield vision.Converted(ours, own, preprocessor, dropped)
 

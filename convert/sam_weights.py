@@ -6,9 +6,8 @@ from typing import Any
 import mlx.core as mx
 
 from agevlm_mlx.errors import UserError
+from agevlm_mlx.models.tensors import Rule, channels_last, known_keys
 from agevlm_mlx.models.vision.sam import SamConfig
-
-from .rules import Rule, channels_last, known_keys
 
 _REST = "prompt encoder and mask decoder"
 META_FILES = "sam_vit_b_01ec64.pth, sam_vit_l_0b3195.pth or sam_vit_h_4b8939.pth"
@@ -35,23 +34,6 @@ def rules(config: Mapping[str, Any]) -> tuple[Rule, ...]:
         Rule(rf"(?:vision_encoder\.)?({others})", r"\1"),
         Rule(r"(prompt_encoder|mask_decoder|shared_image_embedding)\..+", drop=_REST),
     )
-
-
-#: For the keys of Meta's files.
-META_RULES = (
-    Rule(r"image_encoder\.pos_embed", "pos_embed"),
-    Rule(
-        r"image_encoder\.patch_embed\.proj\.weight", "patch_embed.projection.weight", channels_last
-    ),
-    Rule(r"image_encoder\.patch_embed\.proj\.bias", "patch_embed.projection.bias"),
-    Rule(r"image_encoder\.blocks\.(\d+)\.norm([12]\..+)", r"layers.\1.layer_norm\2"),
-    Rule(r"image_encoder\.blocks\.(\d+)\.((?:attn|mlp)\..+)", r"layers.\1.\2"),
-    Rule(r"image_encoder\.neck\.0\.weight", "neck.conv1.weight", channels_last),
-    Rule(r"image_encoder\.neck\.1\.(.+)", r"neck.layer_norm1.\1"),
-    Rule(r"image_encoder\.neck\.2\.weight", "neck.conv2.weight", channels_last),
-    Rule(r"image_encoder\.neck\.3\.(.+)", r"neck.layer_norm2.\1"),
-    Rule(r"(prompt_encoder|mask_decoder)\..+", drop=_REST),
-)
 
 
 def meta_config(tensors: Mapping[str, mx.array], where: object) -> dict[str, Any]:

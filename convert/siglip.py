@@ -8,9 +8,8 @@ from typing import Any
 import mlx.core as mx
 
 from agevlm_mlx.errors import UserError
+from agevlm_mlx.models.tensors import Rule, channels_last, known_keys
 from agevlm_mlx.models.vision.siglip import Siglip2Config, SiglipConfig
-
-from .rules import Rule, channels_last, known_keys
 
 
 def config(table: Mapping[str, Any], where: str) -> dict[str, Any]:

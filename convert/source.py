@@ -14,6 +14,7 @@ import mlx.core as mx
 from agevlm_mlx.config import read_json
 from agevlm_mlx.errors import NO_ROOM, UserError, one_line
 from agevlm_mlx.hub import download
+from agevlm_mlx.models.tensors import unreadable
 from agevlm_mlx.weights import write_safetensors
 
 #: Weight files in the order of preference. Those of the repository's config.json come first:
@@ -144,15 +145,6 @@ def metadata(path: Path) -> dict[str, str]:
         raise UserError(f"{path}: not a readable safetensors file: {error}") from None
     _, table = cast(tuple[dict[str, mx.array], dict[str, str]], loaded)
     return table
-
-
-def unreadable(where: object, key: object, dtype: object) -> UserError:
-    """What to say of a tensor whose values are no plain floating-point numbers."""
-    return UserError(
-        f"{where}: expected floating-point numbers, got {key} as "
-        f"{str(dtype).rpartition('.')[2]} (FP8 or quantised weights are not read); take the "
-        "bfloat16 or full-precision checkpoint"
-    )
 
 
 def unpickle(path: Path) -> Any:

@@ -19,7 +19,7 @@ examples:
 import argparse
 import hashlib
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -28,11 +28,13 @@ import numpy as np
 
 from agevlm_mlx import teach
 from agevlm_mlx.data.image import Preprocessor
-from agevlm_mlx.data.records import read_records
+from agevlm_mlx.data.record_set import read_records
 from agevlm_mlx.errors import UserError, one_line
-from agevlm_mlx.sam.labelling import Job, Labelled, collect, pool, read_image
+from agevlm_mlx.sam.jobs import Job, Jobs, survey
+from agevlm_mlx.sam.labelling import Labelled, pool, read_image
+from agevlm_mlx.sam.progress import Progress
+from agevlm_mlx.sam.room import check_space, forecast
 from agevlm_mlx.sam.store import Store, StoreMeta, StoreWriter, file_sha256
-from agevlm_mlx.training.labels import root
 
 from . import source
 
@@ -61,7 +63,7 @@ class Embedding:
     iou: np.ndarray
 
 
-def match(folder: Path, jobs: Sequence[Job]) -> dict[str, Path]:
+def match(folder: Path, jobs: Jobs) -> dict[str, Path]:
     """The feature file of every image key.
 
     ``UserError`` if an image has none, or if two images or two files have the same name.
@@ -184,7 +186,7 @@ def label(
 
 
 def _masks(
-    path: Path | None, jobs: Sequence[Job], preprocessor: Preprocessor, grid: tuple[int, int]
+    path: Path | None, jobs: Jobs, preprocessor: Preprocessor, grid: tuple[int, int]
 ) -> Store | None:
     """The store of masks. ``UserError`` unless every phrase of the data has its mask."""
     if path is None:
@@ -231,22 +233,24 @@ def _meta(
 
 def run(args: argparse.Namespace) -> int:
     preprocessor, grid = teach.student(args)
-    jobs = collect(read_records(args.data), root(args.data))
+    jobs = Jobs(read_records(args.data), every_image=True)
     files = match(args.features, jobs)
     masks = _masks(args.masks, jobs, preprocessor, grid)
     first = read(files[jobs[0].key], args.array)
     meta = _meta(first, files[jobs[0].key], masks, preprocessor, grid)
     if args.dry_run:
-        teach.forecast(jobs, meta)
+        forecast(survey(jobs, meta), meta, args.mlx_path)
         print("dry run: nothing written")
         return 0
     with StoreWriter(args.mlx_path, meta) as writer:
-        todo = teach.unfinished(jobs, writer)
-        if len(todo) < len(jobs):
-            print(f"{args.mlx_path}: {len(jobs) - len(todo)} of {len(jobs)} images are done")
-        teach.forecast(todo, meta)
-        progress = teach.Progress(len(todo))
-        for done, job in enumerate(todo, 1):
+        plan = survey(jobs, meta, writer)
+        if len(plan.todo) < len(jobs):
+            print(f"{args.mlx_path}: {len(jobs) - len(plan.todo)} of {len(jobs)} images are done")
+        forecast(plan, meta, args.mlx_path)
+        check_space(plan, args.mlx_path)
+        progress = Progress(len(plan.todo))
+        for done, number in enumerate(plan.todo, 1):
+            job = jobs[int(number)]
             features = read(files[job.key], args.array)
             if features.shape != first.shape:
                 side, _, channels = first.shape

@@ -25,10 +25,11 @@ import mlx.core as mx
 from agevlm_mlx.config import from_dict, read_json
 from agevlm_mlx.data.image import Preprocessor
 from agevlm_mlx.errors import UserError
+from agevlm_mlx.models.tensors import Rule, apply_rules, check_shapes
 from agevlm_mlx.models.vision import VISION_ENCODERS, build_encoder, fitted
-from agevlm_mlx.weights import check_shapes, read_weights, shipped, write_weights
+from agevlm_mlx.weights import read_weights, shipped, write_weights
 
-from . import clip, convnext, pixels, rules, sam_weights, siglip, source
+from . import clip, convnext, pixels, sam_weights, siglip, source
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Foreign:
     #: Their configuration and its path -> our ``vision_config``, without ``model_type``.
     config: Callable[[Mapping[str, Any], str], dict[str, Any]]
     #: Our ``vision_config`` -> what happens to each of their keys.
-    rules: Callable[[Mapping[str, Any]], Sequence[rules.Rule]]
+    rules: Callable[[Mapping[str, Any]], Sequence[Rule]]
     #: Our ``vision_config.model_type``.
     model_type: str
 
@@ -147,11 +148,11 @@ def open_encoder(
 
 
 def renamed(
-    tensors: dict[str, mx.array], its_rules: Sequence[rules.Rule], encoder: Any, where: object
+    tensors: dict[str, mx.array], its_rules: Sequence[Rule], encoder: Any, where: object
 ) -> tuple[dict[str, mx.array], Counter[str]]:
-    """A checkpoint's tensors as `encoder` has them, and what was left out (`rules.apply`);
+    """A checkpoint's tensors as `encoder` has them, and what was left out (`apply_rules`);
     `tensors` is emptied, so that memory holds each of them once."""
-    ours, dropped = rules.apply(tensors, its_rules, where)
+    ours, dropped = apply_rules(tensors, its_rules, where)
     tensors.clear()
     for name in list(ours):
         ours[name] = fitted(encoder, name, ours[name])

@@ -22,6 +22,7 @@ import numpy as np
 
 from agevlm_mlx import Conversation, Turn, load
 from agevlm_mlx.data.image import load_image
+from agevlm_mlx.data.noun_vocabulary import NounVocabulary
 from agevlm_mlx.data.records import CAPTION_PROMPT
 from agevlm_mlx.data.scene_texts import presence_question
 from agevlm_mlx.evaluation import metrics
@@ -54,7 +55,7 @@ def _word(image: int, noun: str, there: bool, found: WordMap) -> Word:
 
 
 def asked(
-    it: Loaded, number: int, item: SceneItem, store: ImageStore, nouns: metrics.NounVocabulary
+    it: Loaded, number: int, item: SceneItem, store: ImageStore, nouns: NounVocabulary
 ) -> Iterator[Word]:
     """The noun of each adversarial question."""
     for question in item.questions["adversarial"]:
@@ -68,7 +69,7 @@ def asked(
 
 
 def said(
-    it: Loaded, number: int, item: SceneItem, store: ImageStore, nouns: metrics.NounVocabulary
+    it: Loaded, number: int, item: SceneItem, store: ImageStore, nouns: NounVocabulary
 ) -> Iterator[Word]:
     """Each different noun of the model's own caption."""
     talk = Conversation(it, store=store)
@@ -81,7 +82,7 @@ def said(
 
 def collect(it: Loaded, folder: SceneFolder) -> dict[str, list[Word]]:
     """The words of each kind, of all pictures of a folder."""
-    store, nouns = ImageStore(it.model, it.preprocessor), metrics.NounVocabulary([*folder.themes])
+    store, nouns = ImageStore(it.model, it.preprocessor), NounVocabulary([*folder.themes])
     words: dict[str, list[Word]] = {kind: [] for kind in KINDS}
     for number, item in enumerate(folder.items):
         words["asked"] += asked(it, number, item, store, nouns)

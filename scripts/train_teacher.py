@@ -25,18 +25,16 @@ from safetensors.torch import save
 
 from agevlm_mlx import atomic, errors
 from agevlm_mlx.data.painting import make_scene
-from agevlm_mlx.sam.targets import mask_iou
-from agevlm_mlx.sam.teacher import (
+from agevlm_mlx.sam.architecture import (
     CONFIG,
     EMBEDDED,
     PIXEL_MEAN,
     PIXEL_STD,
     WEIGHTS,
     Architecture,
-    Teacher,
-    build,
-    decode,
 )
+from agevlm_mlx.sam.targets import mask_iou
+from agevlm_mlx.sam.teacher import Teacher, build, decode
 
 ARCHITECTURE = Architecture(
     image_size=128,

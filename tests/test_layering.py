@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "kernels": {"errors", "config"},
     # Level with each other: masks and pictures need one another's formats.
     "data": {"errors", "atomic", "config", "sam"},
-    "sam": {"errors", "atomic", "config", "data"},
+    "sam": {"errors", "atomic", "config", "data", "models"},
     "weights": {"errors", "hub", "config", "models", "data"},
     "quantization": {"errors", "models"},
     "training": {"errors", "atomic", "config", "models", "data", "sam", "weights"},
@@ -125,7 +125,7 @@ ONLY_IN = {
     "gradio": {"app/ui.py", "app/tabs.py", "app/compare.py", "app/parts.py"},
     "webview": {"app/window.py"},
     "starlette": {"agevlm_mlx/serving/app.py"},
-    "pyarrow": {"agevlm_mlx/evaluation/tables.py"},
+    "pyarrow": {"agevlm_mlx/data/columnar.py"},
     "matplotlib": {"agevlm_mlx/analysis/figures.py"},
     "mlx_vlm": {"agevlm_mlx/foreign.py", "convert/mlx_vlm_adapter.py"},
     "lmms_eval": {"agevlm_mlx/lmms_eval.py"},

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 
 from ..config import read_json
-from ..data.coco import instance_mask
+from ..data.outlines import instance_mask
 from ..data.image import load_image
+from ..data.noun_vocabulary import NounVocabulary
 from ..data.nouns import theme_of
-from ..data.records import Phrase, Record, inside, read_records
+from ..data.record_set import read_records
+from ..data.records import Phrase, Record, inside
 from ..errors import UserError
-from ..evaluation.metrics import NounVocabulary
 from ..evaluation.scene_folder import swap_noun
 from ..sam.targets import rle_decode
 

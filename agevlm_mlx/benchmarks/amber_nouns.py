@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config import read_json
+from ..data.noun_vocabulary import NounVocabulary
 from ..errors import UserError
-from ..evaluation.metrics import NounVocabulary
 from ..evaluation.source import Source
 
 #: Nouns of AMBER's vocabulary that descriptions use as verbs ("can be seen", "people watch").

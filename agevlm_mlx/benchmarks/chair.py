@@ -25,10 +25,10 @@ from pathlib import Path
 
 import numpy as np
 
+from ..data import coco_nouns
 from ..evaluation.benchmark import Benchmark, Given, Item, Scores
 from ..evaluation.metrics import caption_counts, caption_ratios
 from ..evaluation.source import Source
-from . import coco_nouns
 from .coco_tables import Entry, entries, read_table, relative
 
 PROMPT = "Please describe this image in detail."

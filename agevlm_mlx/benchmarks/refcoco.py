@@ -31,18 +31,16 @@ from typing import Any
 
 import numpy as np
 
-from ..data.coco import instance_mask
 from ..data.image import open_image
+from ..data.outlines import instance_mask
+from ..data.pickled import read_pickle
+from ..data.refcoco import MAKERS, PROMPT, bare
+from ..data.tables import damage
 from ..errors import UserError
 from ..evaluation.benchmark import Benchmark, Given, Item, Scores, mask_key
-from ..evaluation.pickled import read_pickle
 from ..evaluation.source import Source
-from ..evaluation.tables import damage
 from .coco_tables import Entry, entries, read_table, relative
 
-PROMPT = "Where is the {phrase}?"
-#: Who made a splitting of refs(...).p, the best first: only umd's keeps RefCOCOg's pictures apart.
-_MAKERS = ("umd", "unc", "google")
 _SPLITS = ("val", "test", "testA", "testB")
 #: Score -> what it is the mean of, of `pointing.measures`.
 _MEANS = {
@@ -61,7 +59,7 @@ _MEANS = {
 def read(source: Source) -> list[Item]:
     """An item for each phrase of every split that is not for training."""
     refs: dict[Path, Path] = {}
-    for path in source.find(*(f"refs({maker}).p" for maker in _MAKERS)):
+    for path in source.find(*(f"refs({maker}).p" for maker in MAKERS)):
         refs.setdefault(path.parent, path)
     tables = _tables(source, "RefCOCO*/data/{}-*.parquet")
     if not tables and not refs:  # else they may be another benchmark's
@@ -180,7 +178,7 @@ def _items(source: Source, dataset: str, one: _Object) -> Iterator[Item]:
         return
     outline = mask_key(one.annotation.get("segmentation"))
     for n, said in enumerate(one.phrases, 1):
-        phrase = _phrase(said) if isinstance(said, str) and not damage(said) else ""
+        phrase = bare(said) if isinstance(said, str) and not damage(said) else ""
         if not phrase:
             source.bad(one.where, f"expected a phrase, got {said!r:.60}")
             continue
@@ -195,12 +193,6 @@ def _items(source: Source, dataset: str, one: _Object) -> Iterator[Item]:
             mask_key=outline,
             about={"dataset": dataset, "split": one.split},
         )
-
-
-def _phrase(said: str) -> str:
-    """In a question's words: without the article, which the question has, and its own end."""
-    words = " ".join(said.split()).strip(" .,;:!?")
-    return re.sub(r"^(?:the|an?)\s+", "", words, flags=re.IGNORECASE)
 
 
 def _dataset(source: Source, path: Path) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..data.noun_vocabulary import NounVocabulary
 from ..data.records import CAPTION_PROMPT
 from ..data.scene_texts import presence_question
 from ..evaluation import metrics, yes_no
@@ -46,7 +47,7 @@ _LOOKS = {
 def read(source: Source) -> list[Item]:
     """Each picture's questions, captions to tell apart, own caption, and nouns to look for."""
     folder = read_scenes(source)
-    nouns = metrics.NounVocabulary(list(folder.themes))
+    nouns = NounVocabulary(list(folder.themes))
     told_apart = {item.unit: item for item in _matching(folder)}
     items: list[Item] = []
     for scene in folder.items:
@@ -96,7 +97,7 @@ def _matching(folder: SceneFolder) -> Iterator[Item]:
         )
 
 
-def _looks(scene: SceneItem, nouns: metrics.NounVocabulary) -> Iterator[Item]:
+def _looks(scene: SceneItem, nouns: NounVocabulary) -> Iterator[Item]:
     """The noun of each question about something that is there; and another thing of the picture,
     which is not scored but shows where another word looks (the control)."""
     there: dict[str, Question] = {}
@@ -169,8 +170,8 @@ def _mentions(given: Given) -> list[str]:
 
 
 @cache
-def _vocabulary(nouns: tuple[str, ...]) -> metrics.NounVocabulary:
-    return metrics.NounVocabulary(nouns)
+def _vocabulary(nouns: tuple[str, ...]) -> NounVocabulary:
+    return NounVocabulary(nouns)
 
 
 BENCHMARK = Benchmark(

@@ -1,31 +1,35 @@
 """Training batches: images, the texts drawn for them, and what their phrases should look at.
 
 A batch is a pure function of the seed and the step number, so that a resumed run sees
-exactly what an undisturbed one would have seen.
+exactly what an undisturbed one would have seen. Everything here may be called by several threads.
 """
 
-import os
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from threading import Lock
+from typing import Any, Literal
 
 import numpy as np
 
 from ..errors import UserError
-from ..sam.index import prompt_key
-from ..sam.targets import rle_decode
+from .bounded import Bounded
 from .chat import Encoded, encode
+from .guidance import Guidance, Targets
 from .image import Geometry, Preprocessor, load_image
-from .records import Phrase, Record
+from .image_files import image_bytes
+from .order import Order
+from .packing import packed_rows
+from .record_set import Records
+from .records import Phrase, Problem, Record
+from .text_rows import Text, TextGroup, round_up, text_group
 
-#: Lengths are padded to multiples of these, so that few different shapes occur.
-_TOKENS, _ROWS = 4, 32
-_PIXEL_BYTES = 1 << 30
-#: Masks below half a cell or above this share of the picture guide nothing.
-_SMALLEST, _LARGEST = 0.5, 0.9
+__all__ = ["Batch", "Batches", "GroupSpec", "TextGroup"]
+
+#: Memory for decoded pictures and for tokenised texts.
+_PIXEL_BYTES, _TEXT_BYTES = 1 << 30, 1 << 27
+#: With ``on_error = "skip"``: so many images in a row that cannot be used are no accident.
+_MOST_SKIPPED = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,23 +47,6 @@ class GroupSpec:
 
 
 @dataclass
-class TextGroup:
-    """R texts for each of B images. P guided positions, padded with weight 0.
-
-    ids, labels (the next token): i32 [B R T]; loss_mask: f32 [B R T], 1 where the label counts.
-    rows (b*R + r), cols: i32 [P]; target: f32 [P S], mask coverage 0..1; weight: f32 [P].
-    """
-
-    ids: np.ndarray
-    labels: np.ndarray
-    loss_mask: np.ndarray
-    rows: np.ndarray
-    cols: np.ndarray
-    target: np.ndarray
-    weight: np.ndarray
-
-
-@dataclass
 class Batch:
     """pixels f32 [B Hi Wi 3]; sam_features f32 [B S C] or None."""
 
@@ -70,14 +57,13 @@ class Batch:
     step: int
 
 
-class Targets(Protocol):
-    """What is needed of a ``sam.store.Store``."""
+@dataclass
+class _Slot:
+    """One image of a batch: pixels f32 [Hi Wi 3], its texts by group, features f32 [S C]."""
 
-    meta: Any
-
-    def target(self, image_key: str, prompt: str) -> np.ndarray: ...
-
-    def features(self, image_key: str) -> np.ndarray | None: ...
+    pixels: np.ndarray
+    texts: list[list[Text]]
+    features: np.ndarray | None
 
 
 class Batches:
@@ -85,6 +71,11 @@ class Batches:
 
     Each epoch goes once through the images in a random order; each image brings `n` texts of
     every group. Targets come from `store`, else from the records' own masks.
+
+    bucket: so many batches' images are sorted by the length of their texts, see `Order`. pack:
+    all texts of an image in as few rows as they fit into, as one group. on_error: what
+    becomes of an image or record that cannot be used: a ``UserError`` (``stop``), or the next
+    usable one of the order takes its place (``skip``), the same whenever the step is made.
     """
 
     def __init__(
@@ -99,202 +90,194 @@ class Batches:
         seed: int,
         store: Targets | None = None,
         flip: bool = False,
+        bucket: int = 0,
+        pack: bool = False,
+        on_error: Literal["stop", "skip"] = "stop",
         root: Path | None = None,
     ) -> None:
-        self.tokenizer, self.preprocessor, self.grid = tokenizer, preprocessor, grid
+        if not isinstance(records, Records):
+            records = Records.from_list(records, root)
+        self.records, self.tokenizer, self.preprocessor = records, tokenizer, preprocessor
         self.batch_size, self.groups, self.seed = batch_size, tuple(groups), seed
-        self.store, self.flip = store, flip
-        self.by_image: dict[Path, dict[str, list[Record]]] = {}
-        for record in records:
-            self.by_image.setdefault(record.image, {}).setdefault(record.kind, []).append(record)
-        kinds = {record.kind for record in records}
-        for group in self.groups:
-            if not kinds.intersection(group.kinds):
+        self.flip, self.pack, self.on_error = flip, pack, on_error
+        self._cells = grid[0] * grid[1]
+        self._guidance = Guidance(store, records.root, grid)
+        #: For each group the numbers of its kinds, in the order in which they are drawn from.
+        self._kinds = [
+            [records.kinds.index(kind) for kind in group.kinds if kind in records.kinds]
+            for group in self.groups
+        ]
+        for group, kinds in zip(self.groups, self._kinds, strict=True):
+            if not kinds:
                 raise UserError(
                     f"texts: the data has no texts of kind {' or '.join(group.kinds)}; "
-                    f"it has {', '.join(sorted(kinds)) or 'none'}"
+                    f"it has {', '.join(sorted(records.kinds)) or 'none'}"
                 )
-        wanted = {kind for group in self.groups for kind in group.kinds}
-        self.images = [i for i, texts in self.by_image.items() if wanted.intersection(texts)]
-        self.root = root or _common_root(self.images)
-        self._pixels: OrderedDict[Path, tuple[np.ndarray, Geometry]] = OrderedDict()
-        self._encode = lru_cache(maxsize=1 << 16)(self._encode_text)
-        self._order = lru_cache(maxsize=2)(self._permutation)
+        lengths = _expected_lengths(records, self._kinds, [group.n for group in self.groups])
+        #: Numbers of the images that have texts of these kinds.
+        self.images = np.flatnonzero(lengths)
+        self._order = Order(lengths[self.images], batch_size, seed, bucket)
+        self._pixels = Bounded[tuple[np.ndarray, Geometry]](_PIXEL_BYTES)
+        self._encoded = Bounded[Encoded](_TEXT_BYTES)
+        self._lock = Lock()
+        self._tokenizing = Lock()  # a fast tokenizer serves one thread at a time
+        self._unusable: dict[str, Problem] = {}
+        self._told = 0
 
     def batch(self, step: int) -> Batch:
         """Batch number `step`, the same for the same seed."""
-        first = step * self.batch_size
-        images = [self._image(first + slot) for slot in range(self.batch_size)]
-        seen = [self._look(image) for image in images]
-        flips = [
-            self.flip and bool(self._rng(step, slot, 0).random() < 0.5)
-            for slot in range(self.batch_size)
-        ]
-        pixels = [self.preprocessor.normalise(*looked) for looked in seen]
-        pixels = np.stack([p[:, ::-1] if f else p for p, f in zip(pixels, flips, strict=True)])
-        drawn: list[str] = []
-        groups = tuple(
-            self._group(step, g, images, [geometry for _, geometry in seen], flips, drawn)
-            for g in range(len(self.groups))
+        return self.part(step, 0, 1)
+
+    def part(self, step: int, part: int, parts: int) -> Batch:
+        """The images of one of `parts` parts of that batch, in every part the same as in the
+        whole; padding is as each part needs it. ``UserError`` if a part would have none."""
+        if parts > self.batch_size:
+            raise UserError(
+                f"batch_size: expected at least one image for each of {parts} parts of a step, "
+                f"got {self.batch_size}"
+            )
+        first, end = (self.batch_size * cut // parts for cut in (part, part + 1))
+        slots = [self._slot(step, slot) for slot in range(first, end)]
+        features = [slot.features for slot in slots if slot.features is not None]
+        by_group = [[slot.texts[g] for slot in slots] for g in range(len(self.groups))]
+        return Batch(
+            np.stack([slot.pixels for slot in slots]),
+            self._packed(slots) if self.pack else self._padded(by_group),
+            np.stack(features) if features else None,
+            [text.record_id for group in by_group for texts in group for text in texts],
+            step,
         )
-        return Batch(pixels, groups, self._features(images, flips), drawn, step)
 
-    def _rng(self, *key: int) -> np.random.Generator:
-        return np.random.default_rng([self.seed, *key])
+    def take_problems(self) -> list[Problem]:
+        """What could not be used since the last call, each image and record once for all calls."""
+        with self._lock:
+            found = list(self._unusable.values())[self._told :]
+            self._told = len(self._unusable)
+        return found
 
-    def _permutation(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, epoch, 77]).permutation(len(self.images))
+    def _padded(self, by_group: list[list[list[Text]]]) -> tuple[TextGroup, ...]:
+        """A row a text; a row that no text fills has no loss."""
+        groups = []
+        for spec, images in zip(self.groups, by_group, strict=True):
+            rows = [[texts[r : r + 1] for r in range(spec.n)] for texts in images]
+            T = round_up(max((len(text) for texts in images for text in texts), default=0))
+            groups.append(text_group(rows, T, self._cells, self._pad_id(), packed=False))
+        return tuple(groups)
 
-    def _image(self, draw: int) -> Path:
-        epoch, place = divmod(draw, len(self.images))
-        return self.images[self._order(epoch)[place]]
-
-    def _look(self, image: Path) -> tuple[np.ndarray, Geometry]:
-        """uint8 pixels in the input's size, kept in memory up to a budget, and their geometry."""
-        if image not in self._pixels:
-            squeezed, geometry = self.preprocessor.resized(load_image(image))
-            self._pixels[image] = np.asarray(squeezed), geometry
-            while len(self._pixels) * self._pixels[image][0].nbytes > _PIXEL_BYTES:
-                self._pixels.popitem(last=False)
-        return self._pixels[image]
-
-    def _encode_text(self, turns: tuple, phrases: tuple[Phrase, ...]) -> Encoded:
-        return encode(self.tokenizer, turns, phrases)
-
-    def _texts(self, step: int, slot: int, group: int, image: Path) -> list[Record]:
-        spec, own = self.groups[group], self.by_image[image]
-        pool = [record for kind in spec.kinds for record in own.get(kind, ())]
-        chosen = self._rng(step, slot, group + 1).permutation(len(pool))[: spec.n]
-        return [pool[i] for i in chosen]
-
-    def _group(
-        self,
-        step: int,
-        group: int,
-        images: list[Path],
-        geometries: list[Geometry],
-        flips: list[bool],
-        drawn: list[str],
-    ) -> TextGroup:
-        R = self.groups[group].n
-        rows: list[tuple[int, Encoded]] = []
-        guided: list[tuple[int, int, np.ndarray]] = []
-        for slot, (image, geometry) in enumerate(zip(images, geometries, strict=True)):
-            for r, record in enumerate(self._texts(step, slot, group, image)):
-                # Boxes differ from picture to picture, the tokens of a text do not.
-                bare = tuple(Phrase(p.text, p.turn, p.start, p.end) for p in record.phrases)
-                encoded = self._encode(record.turns, bare)
-                rows.append((slot * R + r, encoded))
-                drawn.append(record.id)
-                for phrase, span in zip(record.phrases, encoded.spans, strict=True):
-                    target = self._target(record, phrase, geometry)
-                    if target is None:
-                        continue
-                    if flips[slot]:
-                        target = target.reshape(self.grid)[:, ::-1].reshape(-1)
-                    last = len(encoded.ids) - 1  # is predicted, but predicts nothing
-                    guided += [(slot * R + r, at, target) for at in span if at < last]
-        return _pack(rows, guided, len(images), R, self.grid, self._pad_id())
+    def _packed(self, slots: list[_Slot]) -> tuple[TextGroup, ...]:
+        rows, T = packed_rows([[text for group in slot.texts for text in group] for slot in slots])
+        return (text_group(rows, T, self._cells, self._pad_id(), packed=True),)
 
     def _pad_id(self) -> int:
         pad = getattr(self.tokenizer, "pad_token_id", None)
         return pad if isinstance(pad, int) else 0
 
-    def _target(self, record: Record, phrase: Phrase, geometry: Geometry) -> np.ndarray | None:
-        """f32 [S] coverage, or None for a mask that should not guide."""
-        where = phrase.box or phrase.point
-        if where and (where[-2] > geometry.width or where[-1] > geometry.height):
-            what = "box" if phrase.box else "point"
-            raise UserError(
-                f"record {record.id}: the {what} {list(where)} of {phrase.text!r} is outside "
-                f"{record.image} ({geometry.width}x{geometry.height})"
-            )
-        if self.store is not None and where:
-            key = record.image.relative_to(self.root).as_posix()
+    def _rng(self, *key: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, *key])
+
+    def _slot(self, step: int, slot: int) -> _Slot:
+        """What is in a slot of a batch: its image, or the next one that can be used."""
+        place = step * self.batch_size + slot
+        for later in range(min(len(self.images), _MOST_SKIPPED)):
+            image = int(self.images[self._order.image(place, later)])
+            filled = self._filled(step, slot, image)
+            if filled is not None:
+                return filled
+        problem = next(iter(self._unusable.values()))
+        raise UserError(
+            f"data: none of {later + 1} images in a row can be used; "  # pyright: ignore[reportPossiblyUnboundVariable]
+            f"the first problem: {problem.where}: {problem.problem}"
+        )
+
+    def _filled(self, step: int, slot: int, image: int) -> _Slot | None:
+        """A slot with this image; None if it, or every text of it, is to be left out."""
+        path = self.records.images[image]
+        if str(path) in self._unusable:
+            return None
+        flip = self.flip and bool(self._rng(step, slot, 0).random() < 0.5)
+        try:
+            squeezed, geometry = self._look(image)
+            features = self._guidance.features(path, flip)
+        except UserError as error:
+            first = self.records[int(self.records.of_image(image)[0])]
+            return self._leave_out(str(path), first, error)
+        pixels = self.preprocessor.normalise(squeezed, geometry)
+        texts = [
+            self._texts(step, slot, group, image, geometry, flip)
+            for group in range(len(self.groups))
+        ]
+        if not any(texts):
+            return None
+        return _Slot(pixels[:, ::-1] if flip else pixels, texts, features)
+
+    def _look(self, image: int) -> tuple[np.ndarray, Geometry]:
+        """uint8 pixels in the input's size, and their geometry."""
+
+        def decode() -> tuple[np.ndarray, Geometry]:
+            path = self.records.images[image]
+            decoded = load_image(image_bytes(path), name=str(path))
+            squeezed, geometry = self.preprocessor.resized(decoded)
+            return np.asarray(squeezed), geometry
+
+        return self._pixels.get(image, decode, lambda looked: looked[0].nbytes)
+
+    def _texts(
+        self, step: int, slot: int, group: int, image: int, geometry: Geometry, flip: bool
+    ) -> list[Text]:
+        own = self.records.of_image(image)
+        kinds = self.records.kind_of[own]
+        pool = np.concatenate([own[kinds == kind] for kind in self._kinds[group]])
+        texts: list[Text] = []
+        for number in self._rng(step, slot, group + 1).permutation(len(pool)):
+            if len(texts) == self.groups[group].n:
+                break
+            record = self.records[int(pool[number])]
             try:
-                target = self.store.target(key, prompt_key(where))
-            except KeyError:
-                raise UserError(
-                    f"record {record.id}: the store has no mask for {phrase.text!r} in {key}; "
-                    "run `agevlm teach` on this data again"
-                ) from None
-        elif phrase.mask is not None:
-            try:
-                mask = rle_decode(phrase.mask)
+                texts.append(self._text(record, geometry, flip))
             except UserError as error:
-                raise UserError(f"record {record.id}: {phrase.text!r}: {error}") from None
-            if mask.shape != (geometry.height, geometry.width):
-                raise UserError(
-                    f"record {record.id}: the mask of {phrase.text!r} is {mask.shape[1]}x"
-                    f"{mask.shape[0]}, {record.image} is {geometry.width}x{geometry.height}"
-                )
-            target = geometry.mask_to_grid(mask, self.grid)
-        else:
-            return None
-        usable = _SMALLEST <= target.sum() <= _LARGEST * geometry.filled * target.size
-        return target if usable else None
+                self._leave_out(f"{record.image} {record.id}", record, error)
+        return texts
 
-    def _features(self, images: list[Path], flips: list[bool]) -> np.ndarray | None:
-        if self.store is None or not self.store.meta.feature_channels:
-            return None
-        rows = []
-        for image, flipped in zip(images, flips, strict=True):
-            key = image.relative_to(self.root).as_posix()
-            try:
-                row = self.store.features(key)
-            except KeyError:
-                row = None
-            if row is None:
-                raise UserError(
-                    f"the store has no features for {key}; run `agevlm teach` on this data again"
-                )
-            grid = row.reshape(*self.grid, -1)
-            rows.append((grid[:, ::-1] if flipped else grid).reshape(row.shape))
-        return np.stack(rows)
+    def _text(self, record: Record, geometry: Geometry, flip: bool) -> Text:
+        # Boxes differ from picture to picture, the tokens of a text do not.
+        bare = tuple(Phrase(p.text, p.turn, p.start, p.end) for p in record.phrases)
+
+        def tokenize() -> Encoded:
+            with self._tokenizing:
+                return encode(self.tokenizer, record.turns, bare)
+
+        encoded = self._encoded.get((record.turns, bare), tokenize, _size)
+        last = len(encoded.ids) - 1  # is predicted, but predicts nothing
+        guided: list[tuple[int, np.ndarray]] = []
+        for phrase, span in zip(record.phrases, encoded.spans, strict=True):
+            target = self._guidance.target(phrase, record.image, geometry, flip)
+            if target is not None:
+                guided += [(at, target) for at in span if at < last]
+        return Text(record.id, encoded, tuple(guided))
+
+    def _leave_out(self, key: str, record: Record, error: UserError) -> None:
+        """Remember what is wrong with an image or record, or with ``stop`` say so and end."""
+        if self.on_error == "stop":
+            raise UserError(f"record {record.id}: {error}") from None
+        problem = Problem.of(error, str(record.image), record.id)
+        with self._lock:
+            self._unusable.setdefault(key, problem)
 
 
-def _common_root(images: Sequence[Path]) -> Path:
-    """The data folder: that of `images/` when all pictures lie in one, else their parent."""
-    parents = {image.parent for image in images}
-    if len(parents) == 1:
-        parent = parents.pop()
-        return parent.parent if parent.name == "images" else parent
-    return Path(os.path.commonpath(parents))
+def _expected_lengths(
+    records: Records, kinds: Sequence[Sequence[int]], counts: Sequence[int]
+) -> np.ndarray:
+    """f64 [images], characters of the texts drawn for an image on average; 0 without any."""
+    lengths = np.zeros(len(records.images))
+    for group, n in zip(kinds, counts, strict=True):
+        own = np.isin(records.kind_of, group)
+        image = records.image_of[own]
+        there = np.bincount(image, minlength=len(lengths))
+        total = np.bincount(image, records.length_of[own], minlength=len(lengths))
+        lengths += np.minimum(n, there) * total / np.maximum(there, 1)
+    return lengths
 
 
-def _round_up(n: int, step: int) -> int:
-    return max(step, -(-n // step) * step)
-
-
-def _pack(
-    rows: Sequence[tuple[int, Encoded]],
-    guided: Sequence[tuple[int, int, np.ndarray]],
-    B: int,
-    R: int,
-    grid: tuple[int, int],
-    pad: int,
-) -> TextGroup:
-    """Arrays of the encoded texts; a row that no text fills has no loss."""
-    T = _round_up(max((len(e.ids) for _, e in rows), default=1) - 1, _TOKENS)
-    ids, labels = (np.full((B * R, T), pad, np.int32) for _ in range(2))
-    loss_mask = np.zeros((B * R, T), np.float32)
-    for row, encoded in rows:
-        n = len(encoded.ids) - 1
-        ids[row, :n], labels[row, :n] = encoded.ids[:-1], encoded.ids[1:]
-        loss_mask[row, :n] = encoded.loss_mask[1:]
-    P = _round_up(len(guided), _ROWS)
-    place = np.zeros((2, P), np.int32)
-    target = np.zeros((P, grid[0] * grid[1]), np.float32)
-    weight = np.zeros(P, np.float32)
-    for p, (row, column, coverage) in enumerate(guided):
-        place[:, p], target[p], weight[p] = (row, column), coverage, 1
-    shape = (B, R, T)
-    return TextGroup(
-        ids.reshape(shape),
-        labels.reshape(shape),
-        loss_mask.reshape(shape),
-        place[0],
-        place[1],
-        target,
-        weight,
-    )
+def _size(encoded: Encoded) -> int:
+    """About the bytes that a tokenised text takes in memory, with the text itself."""
+    return 1000 + 60 * len(encoded.ids)

@@ -1,4 +1,4 @@
-"""Image-text records and the files they come from.
+"""Image-text records: one conversation about one image, and the JSON it is written in.
 
 Our JSONL, one record a line (``phrases`` and ``kind`` are optional)::
 
@@ -7,21 +7,17 @@ Our JSONL, one record a line (``phrases`` and ``kind`` are optional)::
                        {"role": "assistant", "content": "Yes"}],
      "phrases": [{"text": "dog", "turn": 0, "start": 11, "end": 14, "box": [9, 8, 60, 50]}]}
 
-LLaVA's JSON (``from``/``value``, ``<image>`` tags) is read the same way, and COCO captions with
-instances. Image paths are relative to the file's folder and may not leave it.
+LLaVA's records (``from``/``value``, ``<image>`` tags) are read the same way. `record_set` reads
+whole files of them, `formats` lists the other formats.
 """
 
-import gc
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from ..config import read_json
 from ..errors import UserError
 
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
@@ -69,101 +65,86 @@ class Record:
     kind: str = "chat"
 
 
-def read_records(path: Path) -> list[Record]:
-    """The records of a file (.json, .jsonl) or of a folder that holds one.
+@dataclass(frozen=True)
+class Problem:
+    """A record that cannot be used, one line of ``bad_records.jsonl``.
 
-    A folder may hold ``llava.json`` (as ``agevlm scenes`` writes it), one .jsonl file, or
-    ``captions.json`` with ``instances.json`` (COCO). ``UserError`` names the file and line of
-    what is wrong.
+    where: ``file:line``, ``file: record 3`` or an image's path. problem: what a ``UserError``
+    would say after `where`. record: the record's id, if it is known.
     """
-    with _no_collection():
-        return _read_folder(path) if path.is_dir() else _read_file(path)
+
+    where: str
+    problem: str
+    record: str | None = None
+
+    @classmethod
+    def of(cls, error: UserError, where: str, record: str | None = None) -> "Problem":
+        """What `error`, whose message begins with `where`, says."""
+        return cls(where, str(error).removeprefix(f"{where}: "), record)
+
+    def error(self) -> UserError:
+        """The error that stops whoever does not leave bad records out."""
+        return UserError(f"{self.where}: {self.problem}")
 
 
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Without the garbage collector, with which a hundred thousand records take 3 times longer."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+def image_name(item: Any, where: str) -> str | None:
+    """What a record's JSON calls its image; None for a conversation that is about none.
 
-
-def _read_file(path: Path) -> list[Record]:
-    if not path.exists():
-        raise UserError(f"{path}: no such file or folder; expected .json, .jsonl or a data folder")
-    root = path.parent
-    if path.suffix == ".jsonl":
-        records = [_record(item, root, where) for where, item in _lines(path)]
-    elif path.suffix == ".json":
-        items = read_json(path)
-        if not isinstance(items, list):
-            raise UserError(f"{path}: expected a JSON array of records, got {type(items).__name__}")
-        records = [_record(item, root, f"{path}: record {i}") for i, item in enumerate(items, 1)]
-    else:
-        raise UserError(
-            f"{path}: expected a .json or .jsonl file, got {path.suffix or 'no suffix'}"
-        )
-    return with_images(records, path)
-
-
-def _read_folder(path: Path) -> list[Record]:
-    if (path / "llava.json").is_file():
-        return _read_file(path / "llava.json")
-    found = sorted(path.glob("*.jsonl"))
-    if len(found) == 1:
-        return _read_file(found[0])
-    if (path / "captions.json").is_file() and (path / "instances.json").is_file():
-        from .coco import read_coco  # which builds on this module
-
-        return read_coco(path / "captions.json", path / "instances.json", path / "images")
-    if len(found) > 1:
-        raise UserError(f"{path}: holds {len(found)} .jsonl files; pass the path of one of them")
-    raise UserError(
-        f"{path}: expected llava.json, one .jsonl file, or captions.json with instances.json in it"
-    )
-
-
-def _lines(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    yield f"{path}:{number}", json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    reason = getattr(error, "msg", str(error))
-                    raise UserError(f"{path}:{number}: malformed JSON: {reason}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: expected UTF-8 text: {error.reason}") from None
-
-
-def _record(item: Any, root: Path, where: str) -> Record:
+    Raises: ``UserError``, beginning with `where`, where an image is missing.
+    """
     if not isinstance(item, dict):
         raise UserError(f"{where}: expected an object, got {type(item).__name__}")
-    identity = str(item.get("id", where))
-    image, messages = item.get("image"), item.get("conversations")
-    if not isinstance(image, str) or not image:
+    if "image" not in item and item.get("conversations"):
+        return None
+    image = item.get("image")
+    if not isinstance(image, str) or not image or "\0" in image:
         raise UserError(f"{where}: expected the path of an image in 'image', got {image!r}")
+    return image
+
+
+def parse_record(
+    item: Mapping[str, Any], image: Path, where: str, *, exact: bool = False
+) -> Record:
+    """The record of a JSON object, of which `image_name` has found the image.
+
+    exact: texts stay as they are, as is right for what `to_json` wrote; else image tags go.
+
+    Raises: ``UserError``, beginning with `where`, saying what is wrong.
+    """
+    messages = item.get("conversations")
     if not isinstance(messages, list) or not messages:
         raise UserError(f"{where}: expected a list of messages in 'conversations'")
-    turns = tuple(_turn(m, where) for m in messages)
+    turns = tuple(_turn(m, where, exact) for m in messages)
     if not any(turn.role == "assistant" for turn in turns):
         raise UserError(f"{where}: the conversation has no answer to learn from")
     listed = item.get("phrases", [])
     if not isinstance(listed, list):
         raise UserError(f"{where}: expected a list in 'phrases', got {type(listed).__name__}")
     phrases = tuple(_phrase(p, turns, where) for p in listed)
-    return Record(
-        identity, inside(root, image, where), turns, phrases, str(item.get("kind", "chat"))
-    )
+    identity, kind = str(item.get("id", where)), str(item.get("kind", "chat"))
+    return Record(identity, image, turns, phrases, kind)
 
 
-def _turn(message: Any, where: str) -> Turn:
+def to_json(record: Record) -> str:
+    """One line of our JSONL (without its end) that is read back as the same record.
+
+    The image's path is written as it is. Numbers have to be Python's own.
+    """
+    item: dict[str, Any] = {
+        "id": record.id,
+        "image": str(record.image),
+        "kind": record.kind,
+        "conversations": [{"role": turn.role, "content": turn.text} for turn in record.turns],
+    }
+    if record.phrases:
+        item["phrases"] = [
+            {key: value for key, value in vars(phrase).items() if value is not None}
+            for phrase in record.phrases
+        ]
+    return json.dumps(item)
+
+
+def _turn(message: Any, where: str, exact: bool) -> Turn:
     if not isinstance(message, dict):
         raise UserError(f"{where}: expected an object for each message, got {message!r}")
     role = ROLES.get(str(message.get("role", message.get("from"))))
@@ -173,7 +154,7 @@ def _turn(message: Any, where: str) -> Turn:
         raise UserError(f"{where}: expected a message from {' or '.join(ROLES)}, got {got!r}")
     if not isinstance(text, str):
         raise UserError(f"{where}: expected text in a message, got {text!r}")
-    if "<image>" in text:
+    if "<image>" in text and not exact:
         text = " ".join(part.strip() for part in text.split("<image>") if part.strip())
     if not text.strip():
         raise UserError(f"{where}: a message of the {role} is empty")
@@ -201,7 +182,10 @@ def _phrase(item: Any, turns: Sequence[Turn], where: str) -> Phrase:
         )
     if point and min(point) < 0:
         raise UserError(f"{where}: expected a point x y inside the image, got {list(point)}")
-    return Phrase(text, turn, start, end, box, point, item.get("mask"))  # pyright: ignore[reportArgumentType]
+    mask = item.get("mask")
+    if mask is not None and not isinstance(mask, dict):
+        raise UserError(f"{where}: expected COCO RLE in 'mask', got {type(mask).__name__}")
+    return Phrase(text, turn, start, end, box, point, mask)  # pyright: ignore[reportArgumentType]
 
 
 def numbers(item: Mapping[str, Any], key: str, n: int, where: str) -> tuple[float, ...] | None:
@@ -226,19 +210,10 @@ def inside(root: Path, image: str, where: str) -> Path:
     return path
 
 
-@lru_cache(maxsize=16)  # the records of an image stand together
 def _joined(root: Path, image: str) -> Path | None:
+    if ".." in image.split("/"):
+        return None
     path = root / image
-    inside = Path(os.path.abspath(path)).is_relative_to(os.path.abspath(root))
-    return path if inside and ".." not in Path(image).parts else None
-
-
-def with_images(records: list[Record], source: Path) -> list[Record]:
-    """`records`, if there are any and their images exist."""
-    if not records:
-        raise UserError(f"{source}: expected at least one record, got none")
-    missing = [i for i in dict.fromkeys(r.image for r in records) if not i.is_file()]
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UserError(f"{source}: image not found: {missing[0]}{more}")
-    return records
+    if not image.startswith("/"):
+        return path  # the usual case has to be quick
+    return path if Path(os.path.abspath(path)).is_relative_to(os.path.abspath(root)) else None

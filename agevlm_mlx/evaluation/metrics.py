@@ -4,8 +4,7 @@ Each is checked against a table worked out by hand in ``tests/evaluation/test_me
 Where a published benchmark fixes a rule, the rule is followed to the letter and named.
 """
 
-import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -44,75 +43,6 @@ def auroc(positive: Numbers, negative: Numbers) -> float:
 
 
 # --- objects in captions ---------------------------------------------------------------------
-
-
-class NounVocabulary:
-    """Finds known nouns in free text: lower case, punctuation ignored, the longest noun first.
-
-    A noun may have several words ("traffic light" is not also a "light"). Plurals are found by
-    the simple English rules (-s, -es, -y to -ies, -f to -ves) and for the irregular nouns of
-    `_IRREGULAR` ("women", "mice"); a verb or adjective of the same spelling is not told apart.
-    """
-
-    def __init__(self, nouns: Collection[str], synonyms: Mapping[str, str] | None = None) -> None:
-        """`synonyms` maps further spellings to one of `nouns`."""
-        spellings = {noun: noun for noun in nouns} | dict(synonyms or {})
-        said = {tuple(_words(spelling)): noun for spelling, noun in spellings.items()}
-        said.pop((), None)  # a spelling without letters
-        self._nouns = {form: noun for words, noun in said.items() for form in _with_plural(words)}
-        # A plural rule may collide with a real noun (glass, glasses): the real one wins.
-        self._nouns |= said
-        self._longest = max((len(form) for form in self._nouns), default=0)
-
-    def mentions(self, text: str) -> list[str]:
-        """The nouns of `text` in order, a repeated one each time it is said."""
-        words, found, at = _words(text), [], 0
-        while at < len(words):
-            for length in range(min(self._longest, len(words) - at), 0, -1):
-                noun = self._nouns.get(tuple(words[at : at + length]))
-                if noun is not None:
-                    found.append(noun)
-                    at += length
-                    break
-            else:
-                at += 1
-        return found
-
-
-def _words(text: str) -> list[str]:
-    words = re.findall(r"[^\W_]+(?:['\u2019-][^\W_]+)*", text.lower())
-    return [re.sub(r"['\u2019]s$", "", word) for word in words]
-
-
-#: Ends of nouns and of their plurals: "man" is also the end of "policewoman".
-_IRREGULAR = {
-    "man": "men",
-    "person": "people",
-    "child": "children",
-    "mouse": "mice",
-    "goose": "geese",
-    "tooth": "teeth",
-    "foot": "feet",
-    "ox": "oxen",
-    "bus": "busses",
-}
-
-
-def _with_plural(words: tuple[str, ...]) -> set[tuple[str, ...]]:
-    """A noun's forms. One that nobody says ("humen", "mans") does no harm among them."""
-    *head, last = words
-    if re.search(r"(s|x|z|ch|sh)$", last):
-        plurals = {last + "es"}
-    elif re.search(r"[^aeiou]y$", last):
-        plurals = {last[:-1] + "ies"}
-    elif last.endswith("o"):
-        plurals = {last + "s", last + "es"}
-    else:
-        plurals = {last + "s"}
-    if re.search(r"fe?$", last):
-        plurals.add(re.sub(r"fe?$", "ves", last))
-    plurals |= {last.removesuffix(e) + p for e, p in _IRREGULAR.items() if last.endswith(e)}
-    return {words, *((*head, plural) for plural in plurals)}
 
 
 def caption_counts(said: Sequence[str], true: Collection[str]) -> tuple[int, int, int, int, int]:

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from ..data.image import Geometry, ImageSource, load_image
+from ..data.noun_vocabulary import NounVocabulary
 from ..data.nouns import NOUNS
 from ..data.painting import make_scene
 from ..data.records import CAPTION_PROMPT
@@ -21,7 +22,6 @@ from ..errors import UserError
 from ..weights import Loaded
 from .asking import Asker
 from .grounding import grounding_score
-from .metrics import NounVocabulary
 from .words import content_words
 
 #: Words of one text that are asked for; more are left out.

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from .. import config
-from ..data.coco import instance_mask
+from ..data.outlines import instance_mask
+from ..data.noun_vocabulary import NounVocabulary
 from ..data.nouns import theme_of
 from ..errors import UserError
 from ..sam.targets import rle_decode, rle_encode
 from . import yes_no
-from .metrics import NounVocabulary
 from .source import Source
 from .yes_no import Question
 

@@ -12,9 +12,9 @@ from types import TracebackType
 from typing import Any
 
 from ..config import read_json
+from ..data import tables
 from ..data.image import MAX_PIXELS, open_image
 from ..errors import UserError
-from . import tables
 
 #: Bad rows that an error lists, before it only counts.
 _LISTED = 20

@@ -17,7 +17,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import ConcatenateKVCache, KVCache, RotatingKVCache, make_prompt_cache
 
 from ..config import ModelConfig
-from .cache import VisionCache
+from .cache import PackedCache, VisionCache
 from .cross_attention import MapRequest, Recorder
 from .graft import build_language_model, graft, language_model_width, tie_embeddings
 from .projector import PROJECTORS
@@ -181,14 +181,15 @@ class AgeVLM(nn.Module):
             cache[i].add(keys, values, null=block.null_slots, start=start)
         return cache
 
-    def share(self, seen: list[Any], texts: int) -> list[Any]:
+    def share(self, seen: list[Any], texts: int, segments: mx.array | None = None) -> list[Any]:
         """A cache for one pass over `texts` text rows an image, of images looked at before.
 
         `seen` comes from ``look(z_img)``, has no text yet and stays as it is: keys and values
         of the images, and for concat the pass over their tokens, are computed once for all
-        groups of texts.
+        groups of texts. segments: int32 [B*R T] where rows hold several texts (`PackedCache`);
+        all of a row see its image. ``ValueError`` if the model cannot (`packing.why_not_packed`).
         """
-        return [_serve(entry, texts) for entry in seen]
+        return [_serve(entry, texts, segments) for entry in seen]
 
     def _prefix(self, z_img: mx.array, cache: list[Any]) -> list[Any]:
         """Concat: the image tokens are the first tokens of the text's own cache."""
@@ -291,11 +292,15 @@ def _capacity(text: Any) -> int:
     return keys.shape[-2]
 
 
-def _serve(entry: Any, texts: int) -> Any:
+def _serve(entry: Any, texts: int, segments: mx.array | None = None) -> Any:
     """A copy of one layer's cache whose rows each serve `texts` text rows."""
     if isinstance(entry, VisionCache):
         vision = replace(entry.vision, texts=texts) if entry.vision else None
-        return VisionCache(_serve(entry.text, texts), vision, entry.prefix)
+        return VisionCache(_serve(entry.text, texts, segments), vision, entry.prefix)
+    if segments is not None:
+        if type(entry) is not ConcatenateKVCache or not entry.empty():
+            raise ValueError(f"packed rows need an empty cache of keys, got {type(entry).__name__}")
+        return PackedCache(segments)
     served = copy.copy(entry)
     if texts > 1 and getattr(served, "keys", None) is not None:
         served.keys = mx.repeat(served.keys, texts, axis=0)

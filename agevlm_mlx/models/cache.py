@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from mlx_lm.models import cache as mlx_lm_cache
+from mlx_lm.models.base import create_causal_mask
 
 from .cross_attention import NEVER, MapRequest, Recorder, VisionKV
 
@@ -197,6 +198,30 @@ class VisionCache:
         obj = cls.__new__(cls)
         obj.state = state
         return obj
+
+
+class PackedCache(mlx_lm_cache.ConcatenateKVCache):
+    """Keys and values of rows that hold several texts one after another, for one pass.
+
+    segments: int32 [B*R T], the number of the text that each position belongs to. A position
+    sees its own text only. Rotary positions are relative, so they need not restart.
+    """
+
+    def __init__(self, segments: mx.array) -> None:
+        super().__init__()
+        self.segments = segments
+
+    def make_mask(
+        self, N: int, return_array: bool = False, window_size: int | None = None
+    ) -> mx.array:
+        """bool [B*R 1 T T], also where mlx-lm would do without an array."""
+        if self.offset or self.segments.shape[1] != N:
+            raise ValueError(
+                f"expected all {self.segments.shape[1]} positions of packed rows in one pass, "
+                f"got {N} after {self.offset}"
+            )
+        own = self.segments[:, None, :, None] == self.segments[:, None, None, :]
+        return own & create_causal_mask(N, window_size=window_size)
 
 
 # load_prompt_cache looks classes up by name in its own module.

@@ -1,7 +1,8 @@
 """The hidden states of a language model, ours or another's, listened to while it runs."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -16,15 +17,21 @@ def hidden_states(layers: Sequence[Any]) -> Iterator[list[mx.array]]:
     asks it for its type or attributes; afterwards all are as they were.
     """
     states: list[mx.array] = []
-    classes = [type(layer) for layer in layers]
-    heard = {kind: _heard(kind, states) for kind in classes}
-    try:
-        for layer, kind in zip(layers, classes, strict=True):
-            layer.__class__ = heard[kind]
+    with reclassed(layers, functools.cache(lambda kind: _heard(kind, states))):
         yield states
+
+
+@contextlib.contextmanager
+def reclassed(modules: Sequence[Any], change: Callable[[type], type]) -> Iterator[None]:
+    """Inside the block every module is of the class ``change(type(module))``."""
+    classes = [type(module) for module in modules]
+    try:
+        for module, kind in zip(modules, classes, strict=True):
+            module.__class__ = change(kind)
+        yield
     finally:
-        for layer, kind in zip(layers, classes, strict=True):
-            layer.__class__ = kind
+        for module, kind in zip(modules, classes, strict=True):
+            module.__class__ = kind
 
 
 def _heard(kind: type, states: list[mx.array]) -> type:

@@ -1,24 +1,26 @@
-"""The index of a SAM store: what ``index.json`` holds, and how files get on disk safely.
+"""The index of a SAM store: what ``index.json`` and the shards hold, read and checked.
 
 ::
 
-    {"format": "agevlm-sam-store", "version": 1,
-     "meta": {"teacher", "preprocessing", "grid", "feature_channels", "prompt"},
-     "shards": [{"file", "sha256", "images", "rows"}],
-     "features": {"cells", "sum", "squares"},
-     "images": {image key: {"sha256", "shard", "image", "row", "prompts": [prompt key]}}}
+    index.json  {"format": "agevlm-sam-store", "version": 2,
+                 "meta": {"teacher", "preprocessing", "grid", "feature_channels", "prompt"},
+                 "features": {"cells", "sum", "squares"},
+                 "shards": [{"file", "sha256", "images", "rows"}]}
+    entries     of each shard: JSON [[image key, SHA-256 of its file, its prompt keys]], in order
 
-An image key is the image's path relative to the data folder, with forward slashes.
+An image key is the image's path relative to the data folder, with forward slashes; prompt keys
+stand in one string, with spaces between. Images that came after the last full shard are in the
+store's `tail`. Version 1 held all images in ``index.json``: it is read, but not continued.
 """
 
 import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -27,7 +29,7 @@ from .. import atomic, config
 from ..errors import UserError
 
 FORMAT = "agevlm-sam-store"
-VERSION = 1
+VERSION = 2
 INDEX = "index.json"
 #: The number of the shard and how many images it holds: a grown shard is a new file.
 SHARD_NAME = re.compile(r"shard-\d{5,9}-\d{1,12}\.safetensors")
@@ -59,7 +61,7 @@ class StoreMeta:
     grid: tuple[int, int]
     #: Channels C of the stored features, 0 for none.
     feature_channels: int = 0
-    #: What SAM was shown: the phrase's own box, or a point.
+    #: What SAM was shown: "box" (the phrase's own box), "point", or "auto ..." with its settings.
     prompt: str = "box"
 
     def __post_init__(self):
@@ -81,15 +83,20 @@ class StoreMeta:
         return None
 
 
-@dataclass(frozen=True)
-class Entry:
-    """Where an image's labels are: rows ``row .. row + len(prompts)`` of shard `shard`."""
+class Entry(NamedTuple):
+    """Where an image's labels are: from row `row` of shard `shard` on, one row a prompt key."""
 
     sha256: str
     shard: int
     image: int
     row: int
-    prompts: tuple[str, ...]
+    #: The prompt keys, with spaces between: a tuple of strings would take three times the memory.
+    text: str
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The prompt keys."""
+        return tuple(self.text.split())
 
 
 @dataclass(frozen=True)
@@ -110,6 +117,10 @@ class Moments:
     sum: np.ndarray
     squares: np.ndarray
 
+    def copy(self) -> "Moments":
+        """A copy that can grow without changing this one."""
+        return dataclasses.replace(self)
+
     def add(self, features: np.ndarray) -> None:
         """Count the cells of [S C] that are not padding (padding is zero in all channels)."""
         inside = features[features.any(axis=-1)].astype(np.float64)
@@ -120,12 +131,13 @@ class Moments:
 
 @dataclass
 class Index:
-    """Everything in ``index.json``."""
+    """A store's images, shards and sums."""
 
     meta: StoreMeta
     moments: Moments
     shards: list[Shard] = field(default_factory=list)
     images: dict[str, Entry] = field(default_factory=dict)
+    version: int = VERSION
 
     @classmethod
     def empty(cls, meta: StoreMeta) -> "Index":
@@ -133,27 +145,28 @@ class Index:
         channels = meta.feature_channels
         return cls(meta, Moments(0, np.zeros(channels), np.zeros(channels)))
 
-    def copy(self) -> "Index":
-        """A copy that can grow without changing this one."""
-        moments = dataclasses.replace(self.moments)
-        return Index(self.meta, moments, list(self.shards), dict(self.images))
-
     def write(self, folder: Path) -> None:
-        """Replace the folder's index atomically; one image a line, for people and diffs."""
+        """Replace the folder's ``index.json`` atomically; one shard a line, for people."""
         head = {
             "format": FORMAT,
             "version": VERSION,
             "meta": dataclasses.asdict(self.meta),
-            "shards": [dataclasses.asdict(shard) for shard in self.shards],
             "features": {
                 "cells": self.moments.cells,
                 "sum": self.moments.sum.tolist(),
                 "squares": self.moments.squares.tolist(),
             },
         }
-        lines = (f"{json.dumps(key)}: {json.dumps(vars(e))}" for key, e in self.images.items())
-        text = json.dumps(head)[:-1] + ', "images": {\n' + ",\n".join(lines) + "\n}}\n"
-        atomic.write_bytes(folder / INDEX, text.encode("utf-8"))
+        lines = ",\n".join(json.dumps(vars(shard)) for shard in self.shards)
+        atomic.write_text(folder / INDEX, f'{json.dumps(head)[:-1]}, "shards": [\n{lines}\n]}}\n')
+
+
+def entry_text(key: str, sha256: str, prompts: Iterable[str]) -> str:
+    """An image's part of a shard's entries. ValueError for a prompt key with a space in it."""
+    names = list(prompts)
+    if any(not name or name.split() != [name] for name in names):
+        raise ValueError(f"expected prompt keys without spaces, got {names}")
+    return json.dumps([key, sha256, " ".join(names)])
 
 
 def read_index(folder: Path) -> Index:
@@ -164,45 +177,87 @@ def read_index(folder: Path) -> Index:
     data = config.read_json(path)
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise UserError(f"{path}: expected the index of a SAM store (format {FORMAT!r})")
-    if data.get("version") != VERSION:
+    version = data.get("version")
+    if version not in (1, VERSION):
         raise UserError(
-            f"{path}: expected format version {VERSION}, got {data.get('version')!r}; use the "
+            f"{path}: expected format version {VERSION} or 1, got {version!r}; use the "
             "agevlm-mlx that made it, or make it again with `agevlm teach`"
         )
     meta = config.from_dict(StoreMeta, data.get("meta", {}), f"{path}: meta")
+    index = Index.empty(meta)
+    index.version = version
     try:
-        index = Index.empty(meta)
         index.shards = [Shard(**shard) for shard in data["shards"]]
-        index.images = {
-            key: Entry(**{**entry, "prompts": tuple(entry["prompts"])})
-            for key, entry in data["images"].items()
-        }
+        sums = data["features"]
         index.moments = Moments(
-            int(data["features"]["cells"]),
-            np.asarray(data["features"]["sum"], dtype=np.float64),
-            np.asarray(data["features"]["squares"], dtype=np.float64),
+            int(sums["cells"]),
+            np.asarray(sums["sum"], dtype=np.float64),
+            np.asarray(sums["squares"], dtype=np.float64),
         )
-        wrong = _inconsistency(index)
+        wrong = _wrong_shard(index)
+        if wrong is None and version == 1:
+            index.images = {key: _old_entry(entry) for key, entry in data["images"].items()}
+            wrong = _wrong_entry(index)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         wrong = f"{type(error).__name__} {error}"
     if wrong:
         raise damaged(path, wrong)
+    if version == VERSION:
+        for number, shard in enumerate(index.shards):
+            file = open_shard(folder, shard, meta)
+            entries = read_entries(folder / shard.file, file, shard)
+            index.images.update(located(number, entries))
     return index
 
 
-def open_shard(folder: Path, shard: Shard, meta: StoreMeta) -> Any:
+def read_entries(path: Path, file: Any, shard: Shard) -> list[tuple[str, str, str]]:
+    """(image key, SHA-256, prompt keys) of the images of an open shard, in order."""
+    try:
+        entries = json.loads(file.get_tensor("entries").tobytes())
+        for key, sha256, text in entries:
+            if not (type(key) is type(sha256) is type(text) is str):
+                raise TypeError(f"{key!r} {sha256!r} {text!r}")
+        rows = sum(count(text) for _, _, text in entries)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise damaged(path, f"entries: {type(error).__name__} {error}") from None
+    if (len(entries), rows) != (shard.images, shard.rows):
+        raise damaged(
+            path,
+            f"entries of {len(entries)} images and {rows} rows, not {shard.images}, {shard.rows}",
+        )
+    return entries
+
+
+def located(shard: int, entries: Iterable[Sequence[str]]) -> Iterator[tuple[str, Entry]]:
+    """Image keys and entries of a shard's images, whose rows follow each other."""
+    row = 0
+    for image, (key, sha256, text) in enumerate(entries):
+        yield key, Entry(sha256, shard, image, row, text)
+        row += count(text)
+
+
+def count(prompts: str) -> int:
+    """How many prompt keys stand in a string."""
+    return prompts.count(" ") + 1 if prompts else 0
+
+
+def open_shard(folder: Path, shard: Shard, meta: StoreMeta, version: int = VERSION) -> Any:
     """The open (memory-mapped) safetensors file of a shard, its tensors' shapes checked."""
     path = folder / shard.file
-    expected = {"coverage": [shard.rows, meta.cells], "iou": [shard.rows]}
-    if meta.feature_channels:
-        expected["features"] = [shard.images, meta.cells, meta.feature_channels]
     try:
         file = safe_open(path, framework="numpy")
-        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise damaged(path, str(error)) from None
-    if shapes != expected:
-        raise damaged(path, f"tensors {shapes} instead of {expected}")
+    got = {name: (part.get_dtype(), *part.get_shape()) for name, part in slices.items()}
+    expected = {"coverage": ("U8", shard.rows, meta.cells), "iou": ("F16", shard.rows)}
+    if meta.feature_channels:
+        expected["features"] = ("F16", shard.images, meta.cells, meta.feature_channels)
+    entries = got.pop("entries", ())  # of any length
+    if got == expected and version > 1 and (len(entries) != 2 or entries[0] != "U8"):
+        raise damaged(path, f"entries {entries} instead of bytes")
+    if got != expected:
+        raise damaged(path, f"tensors {got} instead of {expected}")
     return file
 
 
@@ -211,25 +266,43 @@ def damaged(path: Path, why: str) -> UserError:
     return UserError(f"{path}: damaged ({why}); delete the store and run `agevlm teach` again")
 
 
-def _inconsistency(index: Index) -> str | None:
+def _wrong_shard(index: Index) -> str | None:
     for shard in index.shards:
         if not SHARD_NAME.fullmatch(shard.file):
             return f"{shard.file!r} is not the name of a shard"
+        if type(shard.images) is not int or type(shard.rows) is not int:
+            return f"{shard.file} has {shard.images!r} images and {shard.rows!r} rows"
         if min(shard.images, shard.rows) < 0:
             return f"{shard.file} has a negative size"
-    for moments in (index.moments.sum, index.moments.squares):
-        if moments.shape != (index.meta.feature_channels,):
-            return f"feature sums of shape {moments.shape}"
+    for sums in (index.moments.sum, index.moments.squares):
+        if sums.shape != (index.meta.feature_channels,):
+            return f"feature sums of shape {sums.shape}"
+    return None
+
+
+def _old_entry(entry: Mapping[str, Any]) -> Entry:
+    """An entry of version 1."""
+    text = " ".join(entry["prompts"])
+    place = (entry["shard"], entry["image"], entry["row"])
+    if any(type(number) is not int for number in place):
+        raise TypeError(f"{place}")
+    return Entry(str(entry["sha256"]), *place, text)
+
+
+def _wrong_entry(index: Index) -> str | None:
+    """What is wrong with the images of version 1."""
     sizes = [(shard.images, shard.rows) for shard in index.shards]
     for key, entry in index.images.items():
         if not 0 <= entry.shard < len(sizes):
             return f"image {key} is in a shard that is not listed"
         images, rows = sizes[entry.shard]
-        if not (0 <= entry.image < images and 0 <= entry.row <= rows - len(entry.prompts)):
+        if not (0 <= entry.image < images and 0 <= entry.row <= rows - count(entry.text)):
             return f"image {key} has rows outside its shard"
     return None
 
 
 def short(value: Any) -> str:
     """A fingerprint cut to 12 characters for a message; other values as they are."""
-    return value[:12] if isinstance(value, str) and len(value) > 16 else str(value)
+    if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{17,}", value):
+        return value[:12]
+    return str(value)

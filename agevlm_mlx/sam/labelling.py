@@ -1,6 +1,7 @@
-"""What `agevlm teach` does to each image: find its prompts, ask the teacher, pool to the grid."""
+"""What `agevlm teach` does to each image: read it, ask the teacher, pool to the student's grid."""
 
 import hashlib
+import itertools
 import math
 import multiprocessing
 import multiprocessing.connection
@@ -8,70 +9,31 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeVar
 
 import numpy as np
 
 from ..data.image import Preprocessor, load_image
-from ..data.records import Phrase, Record
+from ..data.image_files import image_bytes
+from ..data.prefetch import Prefetch
+from ..data.record_set import OnError
+from ..data.records import Problem
 from ..errors import UserError
-from .store import prompt_key
+from .automatic import Automatic, find_masks
+from .jobs import Job, image_key
+from .protocol import Labels, Teacher
 from .targets import pool_features, rle_decode
 
-Prompt = tuple[float, ...]
+__all__ = ["Job", "Labelled", "Labeller", "image_key", "label_all", "pool", "read_image"]
 
-
-class Labels(Protocol):
-    """The teacher's answer for one image."""
-
-    @property
-    def masks(self) -> np.ndarray: ...
-    @property
-    def iou(self) -> np.ndarray: ...
-    @property
-    def features(self) -> np.ndarray | None: ...
-
-
-class Teacher(Protocol):
-    """What labelling needs of `sam.teacher.Teacher`."""
-
-    @property
-    def fingerprint(self) -> str: ...
-    @property
-    def feature_channels(self) -> int: ...
-    @property
-    def batch_size(self) -> int: ...
-    @property
-    def light(self) -> bool: ...
-    def label(
-        self,
-        images: Sequence[np.ndarray],
-        prompts: Sequence[Sequence[Prompt]],
-        *,
-        features: bool = False,
-    ) -> Sequence[Labels]: ...
-
-
-@dataclass
-class Job:
-    """One image and everything to be stored for it, by prompt key."""
-
-    key: str
-    path: Path
-    #: What SAM is shown: a box or a point, in source pixels.
-    prompts: dict[str, Prompt] = field(default_factory=dict)
-    #: Masks that the data brings along (COCO RLE); SAM is not asked for these.
-    ready: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """All prompt keys, the ready masks first."""
-        return (*self.ready, *self.prompts)
+T = TypeVar("T")
+#: Threads that read and decode images while the teacher works.
+READERS = 4
 
 
 @dataclass(frozen=True)
@@ -86,82 +48,98 @@ class Labelled:
     features: np.ndarray | None
 
 
-def collect(records: Sequence[Record], root: Path, prompt: str = "box") -> list[Job]:
-    """The distinct prompts of every image, in the order of the records.
+@dataclass(frozen=True)
+class Loaded:
+    """A job's image u8 [h w 3] and the SHA-256 of its file."""
 
-    A phrase is stored under its box, or under its point if it has no box. With `prompt`
-    "point" SAM is shown the phrase's point, or the middle of its box, instead of the box.
-    A phrase with a mask of its own needs no SAM. ``UserError`` for a phrase with nothing.
-    """
-    jobs: dict[Path, Job] = {}
-    for record in records:
-        job = jobs.get(record.image)
-        if job is None:
-            job = Job(image_key(record.image, root), record.image)
-            jobs[record.image] = job
-        for phrase in record.phrases:
-            shown = phrase.box or phrase.point
-            if shown is None:
-                if phrase.mask is None:
-                    raise UserError(
-                        f"record {record.id}: the phrase {phrase.text!r} has no box, point or "
-                        "mask; give it one or drop the phrase"
-                    )
-                continue  # training reads the mask itself: nothing to look up by
-            name = prompt_key(shown)
-            if phrase.mask is not None:
-                job.ready[name] = phrase.mask
-            else:
-                job.prompts[name] = _shown(phrase, prompt)
-    for job in jobs.values():
-        for name in job.ready:
-            job.prompts.pop(name, None)
-    return list(jobs.values())
-
-
-def image_key(image: Path, root: Path) -> str:
-    """An image's path relative to the data folder, with forward slashes.
-
-    Links are not followed: an image may be a link to somewhere else.
-    """
-    try:
-        return Path(os.path.abspath(image)).relative_to(os.path.abspath(root)).as_posix()
-    except ValueError:
-        raise UserError(
-            f"{image}: expected an image inside the data folder {root}; move it there or link it"
-        ) from None
-
-
-def _shown(phrase: Phrase, prompt: str) -> Prompt:
-    if prompt == "point" and phrase.point:
-        return tuple(phrase.point)
-    if prompt == "point" and phrase.box:
-        x0, y0, x1, y1 = phrase.box
-        return ((x0 + x1) / 2, (y0 + y1) / 2)
-    return tuple(phrase.box or phrase.point or ())
+    job: Job
+    image: np.ndarray
+    sha256: str
 
 
 @dataclass(frozen=True)
 class Labeller:
-    """Runs jobs through a teacher and the student's own geometry."""
+    """Runs jobs through a teacher and the student's own geometry.
+
+    automatic: find masks with a grid of points, and give each phrase the one that fits it.
+    on_error: "stop" raises ``UserError`` at an image that cannot be used, "skip" gives a `Problem`
+    in its place.
+    """
 
     teacher: Teacher
     preprocessor: Preprocessor
     grid: tuple[int, int]
     features: bool = False
+    automatic: Automatic | None = None
+    on_error: OnError = "stop"
 
-    def __call__(self, jobs: Sequence[Job]) -> list[Labelled]:
-        """Label a batch of images. ``UserError`` names an image that cannot be read."""
-        loaded = [read_image(job.path) for job in jobs]
-        answers = self.teacher.label(
-            [image for image, _ in loaded],
-            [list(job.prompts.values()) for job in jobs],
+    def __call__(self, jobs: Sequence[Job]) -> list[Labelled | Problem]:
+        """Label a batch of images."""
+        return self.label([self.read(job) for job in jobs])
+
+    def read(self, job: Job) -> Loaded | Problem:
+        """Read a job's image, which needs no teacher: threads may do it."""
+        try:
+            image, sha256 = read_image(job.path)
+            _check_inside(job, *image.shape[:2])
+        except UserError as error:
+            return self._problem(job, error)
+        return Loaded(job, image, sha256)
+
+    def label(self, loaded: Sequence[Loaded | Problem]) -> list[Labelled | Problem]:
+        """Label images that are read already."""
+        good = [one for one in loaded if isinstance(one, Loaded)]
+        answers = iter(self._ask(good))
+        return [
+            one if isinstance(one, Problem) else self._pool(one, next(answers)) for one in loaded
+        ]
+
+    def _ask(self, loaded: Sequence[Loaded]) -> Sequence[Labels]:
+        if self.automatic is not None:
+            return [self._find(one, self.automatic) for one in loaded]
+        if not loaded:
+            return []
+        return self.teacher.label(
+            [one.image for one in loaded],
+            [list(one.job.prompts.values()) for one in loaded],
             features=self.features,
         )
-        return [
-            pool(job, image, sha256, labels, self.preprocessor, self.grid)
-            for job, (image, sha256), labels in zip(jobs, loaded, answers, strict=True)
-        ]
+
+    def _find(self, one: Loaded, settings: Automatic) -> Labels:
+        """The automatic masks that fit a job's phrases; an empty one, of IoU 0, where none does."""
+        height, width = one.image.shape[:2]
+        look = self.teacher.look(one.image)
+        masks = np.zeros((len(one.job.prompts), height, width), bool)
+        iou = np.zeros(len(masks), np.float32)
+        if len(masks):
+            found = find_masks(look, height, width, settings)
+            for row, prompt in enumerate(one.job.prompts.values()):
+                chosen = found.choose(prompt, settings.match_thresh)
+                if chosen is not None:
+                    masks[row], iou[row] = found.mask(chosen), found.iou[chosen]
+        return Labels(masks, iou, look.features if self.features else None)
+
+    def _pool(self, one: Loaded, labels: Labels) -> Labelled | Problem:
+        try:
+            return pool(one.job, one.image, one.sha256, labels, self.preprocessor, self.grid)
+        except UserError as error:
+            return self._problem(one.job, error)
+
+    def _problem(self, job: Job, error: UserError) -> Problem:
+        if self.on_error == "stop":
+            raise error
+        return Problem.of(error, str(job.path))
+
+
+def _check_inside(job: Job, height: int, width: int) -> None:
+    """``UserError`` for a box or a point that leaves the image: the rule of training."""
+    for prompt in job.prompts.values():
+        if prompt[-2] > width or prompt[-1] > height:
+            what = "box" if len(prompt) == 4 else "point"
+            raise UserError(
+                f"{job.path}: expected a {what} inside the image of {width} x {height} pixels, "
+                f"got {list(prompt)}; it belongs to another version of the image"
+            )
 
 
 def pool(
@@ -193,10 +171,7 @@ def pool(
 def read_image(path: Path) -> tuple[np.ndarray, str]:
     """The image uint8[h w 3] and the SHA-256 of its file, read once. ``UserError`` if it
     cannot be read."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    data = image_bytes(path)
     try:
         image = load_image(data)
     except UserError as error:
@@ -218,24 +193,25 @@ def _ready(job: Job, rle: Any, height: int, width: int) -> np.ndarray:
 
 
 def label_all(
-    jobs: Sequence[Job], make: Callable[[], Labeller], *, workers: int, batch_size: int
-) -> Generator[Labelled]:
+    jobs: Iterable[Job], make: Callable[[], Labeller], *, workers: int, batch_size: int
+) -> Generator[Labelled | Problem]:
     """Label every job in order, in `workers` processes of one thread each, or here if 1.
 
-    `make` builds the labeller inside each process, so it must be picklable.
+    `make` builds the labeller inside each process, so it must be picklable. Jobs are taken, and
+    images read, a bounded number ahead.
     """
-    batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
     if workers == 1:
         labeller = make()
-        for batch in batches:
-            yield from labeller(batch)
+        with Prefetch(labeller.read, jobs, READERS, batch_size + READERS) as loaded:
+            for batch in _batches(loaded, batch_size):
+                yield from labeller.label(batch)
         return
     context = multiprocessing.get_context("spawn")  # torch does not survive a fork
     pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(make,))
     try:
-        queue, waiting = deque(), iter(batches)
+        queue, waiting = deque(), _batches(jobs, batch_size)
         while True:
-            while len(queue) < 2 * workers and (batch := next(waiting, None)) is not None:
+            while len(queue) < 2 * workers and (batch := next(waiting, None)):
                 queue.append(pool.submit(_work, batch))
             if not queue:
                 return
@@ -247,6 +223,11 @@ def label_all(
         ) from None
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    ahead = iter(items)
+    return iter(lambda: list(itertools.islice(ahead, size)), [])
 
 
 _labeller: Labeller | None = None
@@ -267,6 +248,6 @@ def _exit_with(sentinel: int) -> None:
     os._exit(1)
 
 
-def _work(batch: Sequence[Job]) -> list[Labelled]:
+def _work(batch: Sequence[Job]) -> list[Labelled | Problem]:
     assert _labeller is not None
     return _labeller(batch)

@@ -1,7 +1,9 @@
 """The SAM store: a teacher's masks and features on disk, read without torch.
 
-A folder of safetensors shards of bounded size and one ``index.json`` (see `index`)::
+A folder of safetensors shards of bounded size, one ``index.json`` that lists them (see `index`),
+and, where a writer is at work or was killed, a `tail`::
 
+    entries   uint8 [bytes]          the shard's images, in JSON
     coverage  uint8 [rows S]         share of each token cell that the mask covers, 0..255
     iou       f16   [rows]           the teacher's own estimate of the mask's IoU
     features  f16   [images S C]     optional; the image embedding pooled to the token grid
@@ -9,12 +11,14 @@ A folder of safetensors shards of bounded size and one ``index.json`` (see `inde
 Made by `writer.StoreWriter`, which may be killed at any moment.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..data.image_files import image_bytes, image_exists
 from ..errors import UserError
 from .index import (
     INDEX,
@@ -22,25 +26,40 @@ from .index import (
     StoreMeta,
     damaged,
     file_sha256,
+    located,
     open_shard,
     prompt_key,
     read_index,
     short,
 )
+from .tail import Row, current_tail, read_tail
 from .targets import dequantise
 from .writer import StoreWriter
 
-__all__ = ["Store", "StoreMeta", "StoreWriter", "file_sha256", "prompt_key"]
+__all__ = ["Store", "StoreMeta", "StoreWriter", "file_sha256", "image_sha256", "prompt_key"]
+
+
+def image_sha256(path: Path) -> str:
+    """SHA-256 of a picture's bytes, hex, wherever they lie. ``UserError`` if it cannot be read."""
+    return hashlib.sha256(image_bytes(path)).hexdigest()
 
 
 class Store:
-    """Read access to a store, lazily per shard. ``UserError`` if it cannot be used."""
+    """Read access to a store, whose tensors stay on disk. ``UserError`` if it cannot be used."""
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
         self._index = read_index(self.path)
-        self._tables: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        self._features: dict[int, Any] = {}
+        #: The images of the tail; their shard is the one after the last.
+        self._tail: list[Row] = []
+        if (tail := current_tail(self.path, self._index.shards)) is not None:
+            self._tail = [row for row, _ in read_tail(tail, self.meta)]
+            entries = [(row.key, row.sha256, " ".join(row.prompts)) for row in self._tail]
+            self._index.images.update(located(len(self._index.shards), entries))
+            for row in self._tail:
+                if row.features is not None:
+                    self._index.moments.add(row.features)
+        self._slices: dict[int, dict[str, Any]] = {}
 
     @property
     def meta(self) -> StoreMeta:
@@ -66,13 +85,13 @@ class Store:
 
     def target(self, image_key: str, prompt: str) -> np.ndarray:
         """Coverage f32[S] in 0..1 of a prompt's mask. KeyError if the store lacks it."""
-        shard, row = self._locate(image_key, prompt)
-        return dequantise(self._table(shard)[0][row])
+        entry, row = self._locate(image_key, prompt)
+        return dequantise(self._rows(entry, "coverage", row, row + 1)[0])
 
     def iou(self, image_key: str, prompt: str) -> float:
         """The teacher's estimate of the mask's IoU. KeyError if the store lacks it."""
-        shard, row = self._locate(image_key, prompt)
-        return float(self._table(shard)[1][row])
+        entry, row = self._locate(image_key, prompt)
+        return float(self._rows(entry, "iou", row, row + 1)[0])
 
     def features(self, image_key: str) -> np.ndarray | None:
         """SAM features f32[S C] on the token grid, or None if the store holds none.
@@ -142,16 +161,16 @@ class Store:
         shards, images = self._index.shards, self._index.images if data else {}
         total = len(shards) + len(images)
         for number, shard in enumerate(shards):
-            self._table(number)
+            self._open(number)
             if file_sha256(self.path / shard.file) != shard.sha256:
                 raise damaged(self.path / shard.file, f"its SHA-256 is not the one in {INDEX}")
             if progress:
                 progress(number + 1, total)
         for number, (key, entry) in enumerate(images.items(), start=len(shards)):
             path = (data or Path()) / key
-            if not path.is_file():
+            if not image_exists(path):
                 raise UserError(f"{path}: labelled in {self.path}, but there is no such file")
-            if file_sha256(path) != entry.sha256:
+            if image_sha256(path) != entry.sha256:
                 raise UserError(
                     f"{path}: changed since it was labelled in {self.path}; make a new store "
                     "with `agevlm teach`"
@@ -162,30 +181,37 @@ class Store:
     def rows(self, image_key: str) -> dict[str, Any]:
         """One image's stored arrays, as `StoreWriter.add` takes them. For merging stores."""
         entry = self._index.images[image_key]
-        coverage, iou = self._table(entry.shard)
-        rows = slice(entry.row, entry.row + len(entry.prompts))
+        prompts = entry.prompts
         return {
             "sha256": entry.sha256,
-            "prompts": entry.prompts,
-            "coverage": dequantise(coverage[rows]),
-            "iou": iou[rows],
+            "prompts": prompts,
+            "coverage": dequantise(self._rows(entry, "coverage", 0, len(prompts))),
+            "iou": self._rows(entry, "iou", 0, len(prompts)),
             "features": self._raw_features(entry) if self.meta.feature_channels else None,
         }
 
-    def _locate(self, image_key: str, prompt: str) -> tuple[int, int]:
+    def _locate(self, image_key: str, prompt: str) -> tuple[Entry, int]:
         entry = self._index.images[image_key]
-        if prompt not in entry.prompts:
+        prompts = entry.prompts
+        if prompt not in prompts:
             raise KeyError(f"{image_key} {prompt}")
-        return entry.shard, entry.row + entry.prompts.index(prompt)
+        return entry, prompts.index(prompt)
 
-    def _table(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
-        if shard not in self._tables:
-            file = open_shard(self.path, self._index.shards[shard], self.meta)
-            self._tables[shard] = (file.get_tensor("coverage"), file.get_tensor("iou"))
-        return self._tables[shard]
+    def _rows(self, entry: Entry, table: str, start: int, stop: int) -> np.ndarray:
+        """Rows `start` to `stop` of an image's own rows."""
+        if entry.shard == len(self._index.shards):
+            return getattr(self._tail[entry.image], table)[start:stop]
+        return self._open(entry.shard)[table][entry.row + start : entry.row + stop]
 
     def _raw_features(self, entry: Entry) -> np.ndarray:
-        if entry.shard not in self._features:
-            file = open_shard(self.path, self._index.shards[entry.shard], self.meta)
-            self._features[entry.shard] = file.get_slice("features")  # stays on disk, mapped
-        return self._features[entry.shard][entry.image]
+        if entry.shard == len(self._index.shards):
+            return np.asarray(self._tail[entry.image].features)
+        return self._open(entry.shard)["features"][entry.image]
+
+    def _open(self, shard: int) -> dict[str, Any]:
+        """The tensors of a shard, of which parts are read when they are asked for."""
+        if shard not in self._slices:
+            listed = self._index.shards[shard]
+            file = open_shard(self.path, listed, self.meta, self._index.version)
+            self._slices[shard] = {n: file.get_slice(n) for n in file.keys()}  # noqa: SIM118
+        return self._slices[shard]

@@ -11,14 +11,25 @@ import functools
 import hashlib
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from .. import config
 from ..errors import UserError, one_line
+from .architecture import (
+    ADVICE,
+    CONFIG,
+    EMBEDDED,
+    PIXEL_MEAN,
+    PIXEL_STD,
+    WEIGHTS,
+    Architecture,
+    meta_architecture,
+)
+from .names import as_meta
+from .protocol import Candidates, Labels, Prompt
 
 try:
     import torch
@@ -40,64 +51,12 @@ try:
     )
 except ImportError as error:
     raise UserError(
-        f"the SAM teacher needs torch, torchvision and segment_anything, but {error.name or error} "
-        'is not installed; run: pip install "agevlm-mlx[teacher]"'
+        f"--backend torch needs torch, torchvision and segment_anything, but {error.name or error} "
+        'is not installed; run: pip install "agevlm-mlx[teacher]", or use --backend mlx'
     ) from error
 
-#: The teacher that the package ships.
-EMBEDDED = Path(__file__).resolve().parent.parent / "assets" / "teacher"
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
-#: SAM's normalisation (ImageNet mean and std, 0..255), the same for all its checkpoints.
-PIXEL_MEAN = (123.675, 116.28, 103.53)
-PIXEL_STD = (58.395, 57.12, 57.375)
-
-Prompt = Sequence[float]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Architecture:
-    """Sizes of a SAM model. The defaults are those of Meta's vit_b."""
-
-    image_size: int = 1024
-    patch_size: int = 16
-    embed_dim: int = 768
-    depth: int = 12
-    num_heads: int = 12
-    mlp_ratio: float = 4.0
-    window_size: int = 14
-    global_attn_indexes: tuple[int, ...] = (2, 5, 8, 11)
-    #: Channels of the image embedding, of the prompts and of the mask decoder.
-    out_chans: int = 256
-    mask_in_chans: int = 16
-    decoder_depth: int = 2
-    decoder_mlp_dim: int = 2048
-    decoder_num_heads: int = 8
-    iou_head_hidden_dim: int = 256
-    #: Whether the three masks for ambiguous prompts were trained; a point then uses the best.
-    multimask: bool = True
-
-    def __post_init__(self):
-        sizes = (self.image_size, self.patch_size, self.embed_dim, self.out_chans, self.num_heads)
-        if min(sizes) < 1 or max(sizes) > 8192 or self.depth > 256 or self.decoder_depth > 64:
-            raise UserError(f"teacher architecture: sizes out of range in {self}")
-        if self.image_size % self.patch_size or self.embed_dim % self.num_heads:
-            raise UserError(
-                f"teacher architecture: image_size {self.image_size} must be a multiple of "
-                f"patch_size {self.patch_size}, embed_dim {self.embed_dim} of num_heads "
-                f"{self.num_heads}"
-            )
-
-
-#: Meta's checkpoints, told apart by (embed_dim, depth).
-META: dict[str, Architecture] = {
-    "vit_b": Architecture(),
-    "vit_l": Architecture(
-        embed_dim=1024, depth=24, num_heads=16, global_attn_indexes=(5, 11, 17, 23)
-    ),
-    "vit_h": Architecture(
-        embed_dim=1280, depth=32, num_heads=16, global_attn_indexes=(7, 15, 23, 31)
-    ),
-}
+#: Pixels of full-size masks that are in memory at a time, 4 bytes each.
+_PIXELS = 1 << 25
 
 
 def build(arch: Architecture) -> Sam:
@@ -173,23 +132,12 @@ def decode(
     )
 
 
-@dataclass(frozen=True)
-class Labels:
-    """What the teacher says about one image of h x w pixels with n prompts."""
-
-    #: bool[n h w] at the resolution of the source image.
-    masks: np.ndarray
-    #: f32[n], the teacher's own estimate of each mask's IoU.
-    iou: np.ndarray
-    #: f32[Gs Gs C] image embedding of the letterboxed image, or None.
-    features: np.ndarray | None
-
-
 class Teacher:
     """SAM with weights on a device. ``UserError`` for a checkpoint that is not SAM's.
 
     `checkpoint` is None (the embedded teacher), a folder written by
-    ``scripts/train_teacher.py``, or one of Meta's files (``sam_vit_b_01ec64.pth`` ...).
+    ``scripts/train_teacher.py``, one of Meta's files (``sam_vit_b_01ec64.pth`` ...), or the folder
+    or the .safetensors file of a Hugging Face ``SamModel`` of these sizes.
     `model_type` (vit_b, vit_l, vit_h) is found from the weights; when given it is checked.
     `device` is mps, cuda or cpu; None takes the first of them that is there.
     """
@@ -206,15 +154,16 @@ class Teacher:
         if not weights.is_file():
             raise UserError(
                 f"{weights}: no such file; pass a SAM checkpoint such as sam_vit_b_01ec64.pth, "
-                "a folder made by scripts/train_teacher.py, or no --checkpoint"
+                "the folder of a Hugging Face SamModel, or no --checkpoint"
             )
         state = _read_weights(weights)
+        if any(name.startswith("vision_encoder.") for name in state):
+            state = as_meta(state, weights)
+        table = config.read_json(path / CONFIG) if path.is_dir() else {}
         self.architecture = (
-            config.from_dict(
-                Architecture, config.read_json(path / CONFIG).get("architecture", {}), str(path)
-            )
-            if path.is_dir()
-            else META[_model_type(weights, state, model_type)]
+            config.from_dict(Architecture, table["architecture"], str(path))
+            if "architecture" in table
+            else meta_architecture(weights, _shapes(state), model_type)
         )
         sam = build(self.architecture)
         try:
@@ -279,10 +228,7 @@ class Teacher:
 
         The encoder runs once over the batch, the decoder over `chunk` prompts at a time.
         """
-        resized = [self._resize.apply_image(image) for image in images]
-        tensors = [torch.from_numpy(image).permute(2, 0, 1) for image in resized]
-        pixels = torch.stack([self.sam.preprocess(t.to(self.device)) for t in tensors])
-        embeddings = self.sam.image_encoder(pixels)
+        embeddings, resized = self._embed(images)
         flat = [(i, prompt) for i, group in enumerate(prompts) for prompt in group]
         masks: list[list[np.ndarray]] = [[] for _ in images]
         scores: list[list[np.ndarray]] = [[] for _ in images]
@@ -293,7 +239,7 @@ class Teacher:
             for i, rows in itertools.groupby(range(len(part)), key=owners.__getitem__):
                 index = list(rows)
                 full = self.sam.postprocess_masks(
-                    logits[index, None], resized[i].shape[:2], images[i].shape[:2]
+                    logits[index, None], resized[i], images[i].shape[:2]
                 )
                 masks[i].append((full[:, 0] > self.sam.mask_threshold).cpu().numpy())
                 scores[i].append(iou[index].cpu().numpy())
@@ -307,6 +253,27 @@ class Teacher:
             for i, image in enumerate(images)
         ]
 
+    @torch.inference_mode()
+    def look(self, image: np.ndarray) -> "Look":
+        """Run the encoder over one image u8[h w 3], which then can be asked about many points."""
+        embedding, (resized,) = self._embed([image])
+        return Look(self, embedding, resized, image.shape[:2])
+
+    def _embed(self, images: Sequence[np.ndarray]) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+        """Image embeddings [n C Gs Gs], and the sizes that the images were brought to."""
+        resized = [self._resize.apply_image(image) for image in images]
+        tensors = [torch.from_numpy(image).permute(2, 0, 1) for image in resized]
+        pixels = torch.stack([self.sam.preprocess(t.to(self.device)) for t in tensors])
+        return self.sam.image_encoder(pixels), [image.shape[:2] for image in resized]
+
+    def _moved(self, prompt: Sequence[float], size: tuple[int, int]) -> np.ndarray:
+        """f32[4]: a box, or a point and zeros, in model pixels. `size` is that of the image."""
+        corners = np.asarray(prompt, dtype=np.float64).reshape(-1, 2)
+        moved = self._resize.apply_coords(corners, size).ravel()
+        row = np.zeros(4, dtype=np.float32)
+        row[: len(moved)] = moved
+        return row
+
     def _best(
         self,
         embeddings: torch.Tensor,
@@ -314,11 +281,7 @@ class Teacher:
         part: Sequence[tuple[int, Prompt]],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Low-resolution logits [n h w] and estimated IoU [n], one mask per prompt."""
-        rows = np.zeros((len(part), 4), dtype=np.float32)
-        for row, (i, prompt) in enumerate(part):
-            corners = np.asarray(prompt, dtype=np.float64).reshape(-1, 2)
-            moved = self._resize.apply_coords(corners, images[i].shape[:2]).ravel()
-            rows[row, : len(moved)] = moved
+        rows = np.stack([self._moved(prompt, images[i].shape[:2]) for i, prompt in part])
         kinds = torch.tensor([len(prompt) == 4 for _, prompt in part], device=self.device)
         chosen = torch.tensor([i for i, _ in part], device=self.device)
         logits, iou = decode(
@@ -330,6 +293,55 @@ class Teacher:
             best = torch.where(kinds, best, 1 + iou[:, 1:].argmax(dim=1))
         index = torch.arange(len(part), device=self.device)
         return logits[index, best], iou[index, best]
+
+
+class Look:
+    """What `Teacher.look` saw of an image of `size` (h, w), see `protocol.Look`."""
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        embedding: torch.Tensor,
+        resized: tuple[int, int],
+        size: tuple[int, int],
+    ):
+        self._teacher, self._embedding = teacher, embedding
+        self._resized, self._size = resized, size
+
+    @property
+    def features(self) -> np.ndarray:
+        """f32[Gs Gs C]."""
+        return self._embedding[0].permute(1, 2, 0).cpu().numpy()
+
+    @torch.inference_mode()
+    def candidates(
+        self, points: np.ndarray, *, min_iou: float, min_stability: float, offset: float = 1.0
+    ) -> Candidates:
+        """The good masks of points f64[n 2], in their order."""
+        teacher, sam = self._teacher, self._teacher.sam
+        rows = np.stack([teacher._moved(point, self._size) for point in points])
+        prompts = torch.from_numpy(rows).to(teacher.device)
+        kinds = torch.zeros(len(rows), dtype=torch.bool, device=teacher.device)
+        logits, iou = decode(sam, self._embedding.expand(len(rows), -1, -1, -1), prompts, kinds)
+        tokens = slice(1, None) if teacher.architecture.multimask else slice(0, 1)
+        low, iou = logits[:, tokens].flatten(0, 1), iou[:, tokens].flatten()
+        good = iou > min_iou
+        low, iou = low[good], iou[good]
+        # In full size they may not fit into memory together.
+        largest = max(self._size[0] * self._size[1], teacher.architecture.image_size**2)
+        chunk = max(1, _PIXELS // largest)
+        masks, stability = [np.zeros((0, *self._size), bool)], [np.zeros(0, np.float32)]
+        for start in range(0, len(low), chunk):
+            full = sam.postprocess_masks(
+                low[start : start + chunk, None], self._resized, self._size
+            )[:, 0]
+            inner = (full > sam.mask_threshold + offset).sum((1, 2))
+            outer = (full > sam.mask_threshold - offset).sum((1, 2))
+            stability.append((inner / outer.clamp(min=1)).float().cpu().numpy())
+            masks.append((full > sam.mask_threshold).cpu().numpy())
+        steady = np.concatenate(stability)
+        kept = steady >= min_stability
+        return Candidates(np.concatenate(masks)[kept], iou.cpu().numpy()[kept], steady[kept])
 
 
 def set_threads(count: int) -> None:
@@ -362,36 +374,9 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
         raise UserError(f"{path}: not a readable checkpoint ({one_line(error)})") from None
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         keys = list(state)[:3] if isinstance(state, dict) else type(state).__name__
-        raise UserError(f"{path}: expected SAM's table of weights, got {keys}; {_ADVICE}")
+        raise UserError(f"{path}: expected SAM's table of weights, got {keys}; {ADVICE}")
     return state
 
 
-_ADVICE = (
-    "use one of Meta's first SAM checkpoints: sam_vit_b_01ec64.pth, sam_vit_l_0b3195.pth or "
-    "sam_vit_h_4b8939.pth"
-)
-
-
-def _model_type(
-    path: Path, state: dict[str, torch.Tensor], wanted: str | None
-) -> Literal["vit_b", "vit_l", "vit_h"]:
-    """Which of Meta's models these weights belong to."""
-    patch = state.get("image_encoder.patch_embed.proj.weight")
-    if patch is None or "mask_decoder.iou_token.weight" not in state:
-        raise UserError(
-            f"{path}: expected the weights of segment_anything, got keys like "
-            f"{', '.join(sorted(state)[:3])}; {_ADVICE}"
-        )
-    depth = sum(
-        key.startswith("image_encoder.blocks.") and key.endswith(".norm1.weight") for key in state
-    )
-    sizes = (patch.shape[0], depth)
-    for name in ("vit_b", "vit_l", "vit_h"):
-        if sizes == (META[name].embed_dim, META[name].depth):
-            if wanted not in (None, name):
-                raise UserError(f"{path}: holds {name}, got --model-type {wanted}; pass {name}")
-            return name
-    raise UserError(
-        f"{path}: expected vit_b, vit_l or vit_h, got an encoder of width {sizes[0]} and depth "
-        f"{sizes[1]}; {_ADVICE}"
-    )
+def _shapes(state: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}

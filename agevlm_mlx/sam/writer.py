@@ -1,16 +1,16 @@
 """Writing a SAM store, so that it can be killed at any moment and continued.
 
-A shard is complete on disk, under a name of its own, before the index mentions it, and the
-index is replaced atomically. Files that the index does not mention are deleted by the next
-writer, which labels those images again. The bytes of a finished store depend on the images
-and their order only, not on when the writer flushed or died.
+New images are appended to the store's tail. When the tail has the size of a shard it becomes one:
+the shard is complete on disk, under a name of its own, before the index mentions it, and the
+index, which lists shards only, is replaced atomically. Files that are no longer part of the store
+are deleted. The bytes of a finished store depend on the images and their order only, not on when
+the writer flushed or died.
 """
 
 import fcntl
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,40 +21,25 @@ from ..errors import UserError
 from .index import (
     INDEX,
     SHARD_NAME,
-    Entry,
+    VERSION,
     Index,
     Shard,
     StoreMeta,
     open_shard,
+    read_entries,
     read_index,
 )
+from .tail import NAME as TAIL_NAME
+from .tail import Row, TailWriter, current_tail, read_tail, tail_path
 from .targets import quantise
 
 #: A shard is closed at this size.
 SHARD_BYTES = 64 * 2**20
 #: A killed run loses about this many seconds of labelling at most.
-FLUSH_SECONDS = 15.0
-
-
-@dataclass
-class _Table:
-    """The rows of a shard that is still growing, as parts to be concatenated."""
-
-    images: int = 0
-    rows: int = 0
-    nbytes: int = 0
-    parts: dict[str, list[np.ndarray]] = field(default_factory=dict)
-
-    def append(self, images: int, tensors: Mapping[str, np.ndarray]) -> None:
-        self.images += images
-        self.rows += len(tensors["iou"])
-        self.nbytes += _size(tensors)
-        for name, tensor in tensors.items():
-            self.parts.setdefault(name, []).append(tensor)
-
-    def copy(self) -> "_Table":
-        parts = {name: list(tensors) for name, tensors in self.parts.items()}
-        return _Table(self.images, self.rows, self.nbytes, parts)
+FLUSH_SECONDS = 5.0
+#: Images that could not be labelled, one JSON object a line.
+BAD_RECORDS = "bad_records.jsonl"
+_LOCK = ".lock"
 
 
 class StoreWriter:
@@ -68,11 +53,18 @@ class StoreWriter:
         self.path = Path(path)
         self.meta = meta
         self.shard_bytes = shard_bytes
+        #: Images on disk and in memory: SHA-256 and prompt keys, by image key.
+        self._known: dict[str, tuple[str, str]] = {}
+        #: The images of the shard that is growing. The first `_sealed` are in its file already,
+        #: `_pending` at the end are in memory only, those between are in the tail.
+        self._rows: list[Row] = []
+        self._nbytes = self._sealed = self._pending = 0
+        self._tail: TailWriter | None = None
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.path / ".lock").open("w")
+        self._lock = (self.path / _LOCK).open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._index, self._table = self._resume()
+            self._index, self._number = self._resume()
         except BlockingIOError:
             self._lock.close()
             raise UserError(
@@ -81,8 +73,6 @@ class StoreWriter:
         except BaseException:
             self._lock.close()
             raise
-        self._pending: list[tuple[str, str, tuple[str, ...], dict[str, np.ndarray]]] = []
-        self._pending_bytes = 0
         self._flushed = time.monotonic()
 
     def __enter__(self) -> "StoreWriter":
@@ -92,17 +82,17 @@ class StoreWriter:
         self.close()
 
     @property
-    def done(self) -> set[str]:
+    def done(self) -> Collection[str]:
         """Keys of the images added so far, in this run or an earlier one."""
-        return set(self._index.images) | {key for key, *_ in self._pending}
+        return self._known.keys()
 
     def sha256(self, image_key: str) -> str:
-        """SHA-256 of an image on disk in this store. KeyError if it is not here."""
-        return self._index.images[image_key].sha256
+        """SHA-256 of an image of this store. KeyError if it is not here."""
+        return self._known[image_key][0]
 
     def prompts(self, image_key: str) -> tuple[str, ...]:
-        """Prompt keys of an image on disk in this store. KeyError if it is not here."""
-        return self._index.images[image_key].prompts
+        """Prompt keys of an image of this store. KeyError if it is not here."""
+        return tuple(self._known[image_key][1].split())
 
     def add(
         self,
@@ -122,48 +112,83 @@ class StoreWriter:
         expected = ((len(prompts), cells), (len(prompts),), (cells, channels) if channels else None)
         if got != expected:
             raise ValueError(f"{image_key}: expected arrays of shapes {expected}, got {got}")
-        tensors = {"coverage": quantise(coverage), "iou": iou.astype(np.float16)}
-        if features is not None:
-            tensors["features"] = features.astype(np.float16)[None]
-        self._pending.append((image_key, sha256, tuple(prompts), tensors))
-        self._pending_bytes += _size(tensors)
-        if (
-            self._pending_bytes > self.shard_bytes
-            or time.monotonic() - self._flushed > FLUSH_SECONDS
-        ):
-            self.flush()
+        half = None if features is None else features.astype(np.float16)
+        self._take(
+            Row(image_key, sha256, tuple(prompts), quantise(coverage), iou.astype(np.float16), half)
+        )
 
     def flush(self) -> None:
-        """Put everything added so far on disk: the shards, then the index that names them."""
-        if self._pending or not (self.path / INDEX).exists():
-            index, table = self._index.copy(), self._table.copy()
-            number = max(len(index.shards) - 1, 0)
-            for key, sha256, prompts, tensors in self._pending:
-                if table.images and table.nbytes + _size(tensors) > self.shard_bytes:
-                    self._write(index, number, table)
-                    number, table = number + 1, _Table()
-                index.images[key] = Entry(sha256, number, table.images, table.rows, prompts)
-                table.append(1, tensors)
-                if "features" in tensors:
-                    index.moments.add(tensors["features"][0])
-            if table.images:
-                self._write(index, number, table)
-            index.write(self.path)
-            self._index, self._table = index, table
-            self._pending, self._pending_bytes = [], 0
-            self._sweep()
+        """Put everything added so far on disk. It costs what is new."""
+        if not (self.path / INDEX).exists():
+            self._index.write(self.path)
+        if self._pending:
+            if self._tail is None:
+                self._tail = TailWriter(tail_path(self.path, self._number, self._sealed), 0)
+            self._tail.append(self._rows[-self._pending :])
+            self._pending = 0
         self._flushed = time.monotonic()
 
     def close(self) -> None:
-        """Flush, and let another writer in."""
+        """Make a shard of what is left, and let another writer in."""
         if not self._lock.closed:
             try:
                 self.flush()
+                self._seal()
             finally:
+                if self._tail is not None:
+                    self._tail.close()
                 self._lock.close()
 
-    def _resume(self) -> tuple[Index, _Table]:
-        """The index on disk and the rows of its last shard, which may grow further."""
+    def _take(self, row: Row) -> None:
+        size = row.nbytes
+        if self._rows and self._nbytes + size > self.shard_bytes:
+            self._seal()
+            self._rows, self._nbytes, self._sealed, self._pending = [], 0, 0, 0
+            self._number = len(self._index.shards)
+        self._rows.append(row)
+        self._nbytes += size
+        self._pending += 1
+        self._known[row.key] = (row.sha256, " ".join(row.prompts))
+        if time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self.flush()
+
+    def _seal(self) -> None:
+        """Write the growing shard, then the index that names it; its tail is of no use then."""
+        if len(self._rows) == self._sealed:
+            return
+        name = f"shard-{self._number:05d}-{len(self._rows)}.safetensors"
+        data = save(self._tensors())
+        atomic.write_bytes(self.path / name, data)
+        rows = sum(len(row.prompts) for row in self._rows)
+        shard = Shard(name, hashlib.sha256(data).hexdigest(), len(self._rows), rows)
+        shards = [*self._index.shards[: self._number], shard]
+        moments = self._index.moments.copy()
+        for row in self._rows[self._sealed :]:
+            if row.features is not None:
+                moments.add(row.features)
+        index = Index(self.meta, moments, shards)
+        index.write(self.path)
+        self._index, self._sealed, self._pending = index, len(self._rows), 0
+        if self._tail is not None:
+            self._tail.close()
+            self._tail = None
+        self._sweep()
+
+    def _tensors(self) -> dict[str, np.ndarray]:
+        entries = f"[{','.join(row.entry for row in self._rows)}]".encode()
+        tensors = {
+            "entries": np.frombuffer(entries, np.uint8),
+            "coverage": np.concatenate([row.coverage for row in self._rows]),
+            "iou": np.concatenate([row.iou for row in self._rows]),
+        }
+        features = [row.features for row in self._rows if row.features is not None]
+        if features:
+            tensors["features"] = np.stack(features)
+        # safetensors writes the memory as it lies, so it has to lie in C order.
+        return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+
+    def _resume(self) -> tuple[Index, int]:
+        """The index on disk and the number of the shard that grows, whose images are read."""
         if not (self.path / INDEX).exists():
             foreign = [p.name for p in self.path.iterdir() if not _ours(p.name)]
             if foreign:
@@ -171,46 +196,64 @@ class StoreWriter:
                     f"{self.path}: expected a new folder or a SAM store, got a folder with "
                     f"{foreign[0]}; choose another --out"
                 )
-            index, table = Index.empty(self.meta), _Table()
+            index = Index.empty(self.meta)
         else:
-            index, table = read_index(self.path), _Table()
-            difference = index.meta.difference(self.meta)
-            if difference:
-                raise UserError(
-                    f"{self.path}: this store was made with {difference}; choose another --out "
-                    "or delete it"
-                )
-            if index.shards:
-                last = index.shards[-1]
-                file = open_shard(self.path, last, self.meta)
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                table.append(last.images, tensors)
-        self._index = index
+            index = read_index(self.path)
+        difference = index.meta.difference(self.meta)
+        if difference:
+            raise UserError(
+                f"{self.path}: this store was made with {difference}; choose another --out "
+                "or delete it"
+            )
+        if index.version != VERSION:
+            raise UserError(
+                f"{self.path}: its format is version {index.version}, which is read but not "
+                f"continued; copy it with `agevlm teach --merge {self.path} --out NEW`"
+            )
+        self._index, number = index, len(index.shards)
+        tail = current_tail(self.path, index.shards)
+        if index.shards and tail != tail_path(self.path, number, 0):
+            number -= 1
+            self._rows = list(self._last_shard(index.shards[-1]))
+            self._sealed = len(self._rows)
+        if tail is not None:
+            length = 0
+            for row, end in read_tail(tail, self.meta):
+                self._rows.append(row)
+                length = end
+            self._tail = TailWriter(tail, length)
+        self._nbytes = sum(row.nbytes for row in self._rows)
+        known = [(key, entry.sha256, entry.text) for key, entry in index.images.items()]
+        known += [(row.key, row.sha256, " ".join(row.prompts)) for row in self._rows]
+        self._known = {key: (sha256, text) for key, sha256, text in known}
+        index.images = {}  # only what the next index needs
         self._sweep()
-        return index, table
+        return index, number
 
-    def _write(self, index: Index, number: int, table: _Table) -> None:
-        name = f"shard-{number:05d}-{table.images}.safetensors"
-        if number < len(index.shards) and index.shards[number].file == name:
-            return
-        # safetensors writes the memory as it lies, so it has to lie in C order.
-        tensors = {k: np.ascontiguousarray(np.concatenate(p)) for k, p in table.parts.items()}
-        data = save(tensors)
-        atomic.write_bytes(self.path / name, data)
-        shard = Shard(name, hashlib.sha256(data).hexdigest(), table.images, table.rows)
-        index.shards[number:] = [shard]
+    def _last_shard(self, shard: Shard) -> Iterable[Row]:
+        file = open_shard(self.path, shard, self.meta)
+        tables = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        row = 0
+        entries = read_entries(self.path / shard.file, file, shard)
+        for image, (key, sha256, text) in enumerate(entries):
+            prompts = tuple(text.split())
+            rows = slice(row, row + len(prompts))
+            features = tables["features"][image] if "features" in tables else None
+            yield Row(key, sha256, prompts, tables["coverage"][rows], tables["iou"][rows], features)
+            row = rows.stop
 
     def _sweep(self) -> None:
-        """Delete what no index mentions: grown shards' older files, leftovers of a crash."""
-        known = {INDEX, ".lock"} | {shard.file for shard in self._index.shards}
+        """Delete what is part of the store no longer: old shards and tails, a crash's leftovers."""
+        known = {INDEX, _LOCK, BAD_RECORDS, *(shard.file for shard in self._index.shards)}
+        tail = current_tail(self.path, self._index.shards)
         for path in self.path.iterdir():
-            if path.name not in known and _ours(path.name):
+            if path.name not in known and path != tail and _ours(path.name):
                 path.unlink(missing_ok=True)
 
 
 def _ours(name: str) -> bool:
-    return name == ".lock" or name.startswith(atomic.TEMPORARY) or bool(SHARD_NAME.fullmatch(name))
-
-
-def _size(tensors: Mapping[str, np.ndarray]) -> int:
-    return sum(tensor.nbytes for tensor in tensors.values())
+    return (
+        name in (_LOCK, BAD_RECORDS)
+        or name.startswith(atomic.TEMPORARY)
+        or bool(SHARD_NAME.fullmatch(name) or TAIL_NAME.fullmatch(name))
+    )

@@ -2,29 +2,41 @@
 
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .. import config, weights
+from .. import config, hub, weights
 from ..data import scenes
 from ..data.batches import Batch, Batches, GroupSpec
 from ..data.chat import build_tokenizer
+from ..data.exclude import exclusions
 from ..data.image import Preprocessor
-from ..data.records import Record, read_records
+from ..data.image_check import check_images
+from ..data.record_set import Problem, Records, read_records
 from ..errors import UserError
 from ..models.agevlm import AgeVLM
+from ..models.packing import why_not_packed
 from ..sam.store import Store
-from .labels import Labelling, root
+from . import adapters
+from .labels import Labelling
 from .objective import FeatureAdaptor
+from .ranks import Ranks
 from .rules import parameter_scales
-from .stages import DataSpec, ModelSpec, Recipe, Stage
+from .stages import DataSpec, ModelSpec, Recipe, Stage, compute_dtype
 
 Say = Callable[[str], None]
+
+#: A data set of the Hugging Face hub: ``hf:owner/name`` or ``hf:owner/name/PATTERN`` of its files.
+_HUB = "hf:"
+#: Records that a tokenizer is made from, evenly spread; more change it little.
+TOKENIZER_RECORDS = 200_000
 
 
 @dataclass
@@ -35,15 +47,18 @@ class Job:
     model: AgeVLM
     tokenizer: TokenizerWrapper
     preprocessor: Preprocessor
-    records: list[Record]
+    records: Records
     store: Store | None
-    val_records: list[Record]
+    val_records: Records | None
     val_store: Store | None
+    #: Records and images that are left out (``data.on_error = "skip"``), as far as known.
+    problems: list[Problem] = field(default_factory=list)
 
-    def batches(self, stage: Stage, records: Sequence[Record] | None = None) -> Batches:
-        """The training batches of a stage, of all records or the given ones."""
+    def batches(self, stage: Stage) -> Batches:
+        """The training batches of a stage."""
+        data = self.recipe.data
         return Batches(
-            self.records if records is None else records,
+            self.records,
             self.tokenizer,
             self.preprocessor,
             self.model.grid,
@@ -51,8 +66,10 @@ class Job:
             groups=stage.texts,
             seed=self.recipe.train.seed,
             store=self.store,
-            flip=self.recipe.data.flip,
-            root=root(self.recipe.data.train),
+            flip=data.flip,
+            bucket=data.bucket,
+            pack=stage.pack,
+            on_error=data.on_error,
         )
 
     def validation(self) -> Iterator[Batch]:
@@ -68,8 +85,8 @@ class Job:
         for spec in (spec for stage in self.recipe.stages for spec in stage.texts):
             known = groups.get(spec.kinds)
             groups[spec.kinds] = spec if known is None or spec.n > known.n else known
-        images = len({record.image for record in self.val_records})
-        count = min(self.recipe.train.val_images, images)
+        assert self.val_records is not None
+        count = min(self.recipe.train.val_images, len(self.val_records.images))
         size = min(max(stage.batch_size for stage in self.recipe.stages), count)
         batches = Batches(
             self.val_records,
@@ -80,55 +97,116 @@ class Job:
             groups=tuple(groups.values()),
             seed=0,
             store=self.val_store,
-            root=root(self.recipe.data.val),
+            on_error=self.recipe.data.on_error,
         )
         return batches, count
 
 
 def prepare(
-    recipe: Recipe, run: Path | None = None, say: Say = print, *, teach: bool = True
+    recipe: Recipe,
+    run: Path | None = None,
+    say: Say = print,
+    *,
+    teach: bool = True,
+    ranks: Ranks | None = None,
 ) -> Job:
     """Load or make what `recipe` names; writes nothing into the run's folder.
 
     Makes embedded scenes and the teacher's labels where the recipe asks for them and they do
     not exist (labels only with `teach`; without it training goes unguided). The tokenizer is
     read from `run`, a run to resume, or made. Raises ``UserError`` for anything that would fail
-    later, in any stage.
+    later, in any stage, and where the processes of `ranks` do not see the same data.
     """
-    _make_scenes(recipe.data, say)
-    records = _records(recipe.data.train, "data.train")
-    val_records = _records(recipe.data.val, "data.val") if recipe.data.val else []
-    mx.random.seed(recipe.train.seed)
-    model, tokenizer, preprocessor = _model(recipe.model, records, run)
+    ranks = ranks or Ranks()
+    recipe = _downloaded(recipe, ranks)
+    with ranks.in_turn():
+        _make_scenes(recipe.data, say)
+    with ranks.together():
+        records = _records(recipe.data, "train", say)
+        val_records = _records(recipe.data, "val", say) if recipe.data.val else None
+        _check_same(ranks, records)
+        mx.random.seed(recipe.train.seed)
+        model, tokenizer, preprocessor = _model(recipe, records, run, ranks)
+        model.set_dtype(compute_dtype(recipe.train))
 
     features = any(stage.losses.features > 0 for stage in recipe.stages)
     labelling = Labelling(recipe, preprocessor, model.grid, teach, say)
-    store = labelling.open("store", recipe.data.store, recipe.data.train, records, features)
-    val_store = labelling.open(
-        "val_store", recipe.data.val_store, recipe.data.val, val_records, features=False
-    )
-    if features and store is not None:
-        width, channels = model.vision_tower.width, store.meta.feature_channels
-        model.sam_adaptor = FeatureAdaptor(width, channels, model.vision_grid, model.grid)
-    mx.eval(model.parameters())
-    model.train()
-    job = Job(recipe, model, tokenizer, preprocessor, records, store, val_records, val_store)
-    one_of_each_kind = list({record.kind: record for record in records}.values())
-    for stage in recipe.stages:
-        parameter_scales(model, stage)
-        job.batches(stage, one_of_each_kind)  # are its texts there?
-        _check_heads(model, stage)
-    if val_records:
-        job.validation()
-    if teach or store is not None:
-        labelling.check_guided(records, store)
+    with ranks.in_turn():
+        store = labelling.open("store", recipe.data.store, recipe.data.train, records, features)
+        val_store = labelling.open(
+            "val_store", recipe.data.val_store, recipe.data.val, val_records, features=False
+        )
+    with ranks.together():
+        if features and store is not None:
+            width, channels = model.vision_tower.width, store.meta.feature_channels
+            model.sam_adaptor = FeatureAdaptor(width, channels, model.vision_grid, model.grid)
+        mx.eval(model.parameters())
+        model.train()
+        job = Job(recipe, model, tokenizer, preprocessor, records, store, val_records, val_store)
+        for stage in recipe.stages:
+            parameter_scales(model, stage)
+            job.batches(stage)  # are its texts there?
+            _check_heads(model, stage)
+            reason = why_not_packed(model) if stage.pack else None
+            if reason:
+                raise UserError(f"stage '{stage.name}': pack: {reason}; set pack = false")
+        if val_records:
+            job.validation()
+        if teach or store is not None:
+            labelling.check_guided(records, store)
+        job.problems += _problems(recipe, records, val_records)
     return job
+
+
+def _downloaded(recipe: Recipe, ranks: Ranks) -> Recipe:
+    """The recipe with the data sets that it names as ``hf:owner/name`` downloaded."""
+    found = {}
+    for key in ("train", "val"):
+        name = str(getattr(recipe.data, key) or "")
+        if name.startswith(_HUB):
+            owner, _, rest = name.removeprefix(_HUB).partition("/")
+            repository, _, pattern = rest.partition("/")
+            with ranks.in_turn():
+                found[key] = hub.download(f"{owner}/{repository}", [pattern or "*"], "dataset")
+    return replace(recipe, data=replace(recipe.data, **found)) if found else recipe
+
+
+def _check_same(ranks: Ranks, records: Records) -> None:
+    """``UserError`` unless every process reads what rank 0 reads."""
+    names = "\n".join([*records.kinds, *(image.name for image in records.images)])
+    own = [len(records), len(records.images), zlib.crc32(names.encode())]
+    wanted = ranks.share(own)
+    if own != wanted:
+        raise UserError(
+            f"rank {ranks.rank}: expected the data of rank 0 ({wanted[0]:,} records of "
+            f"{wanted[1]:,} images), got {own[0]:,} records of {own[1]:,} images, or other "
+            "names; copy the same data to every machine"
+        )
+
+
+def _problems(recipe: Recipe, *sets: Records | None) -> list[Problem]:
+    """What is bad in these records and left out; ``UserError`` if bad images are an error."""
+    problems = []
+    for records in sets:
+        if records is not None:
+            broken = check_images(records)
+            if broken and recipe.data.on_error == "stop":
+                more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+                raise UserError(
+                    f"{broken[0].error()}{more}; mend or remove these, or set data.on_error=skip "
+                    "(`agevlm data check` lists all that is wrong with the data)"
+                )
+            problems += [*records.problems, *broken]
+    return problems
 
 
 def export(job: Job, folder: Path) -> None:
     """Write the model of a finished run as a folder that every command loads."""
     if "sam_adaptor" in job.model:
         del job.model.sam_adaptor
+    if job.recipe.model.lora is not None:
+        adapters.save(job.model, job.recipe.model.lora, folder / "adapters")
+        adapters.fuse(job.model)
     weights.save_model(folder, job.model, job.tokenizer, job.preprocessor, _card(job, folder))
 
 
@@ -159,51 +237,67 @@ def _make_scenes(data: DataSpec, say: Say) -> None:
         scenes.write_scenes(folder, n, seed, split)
 
 
-def _records(path: Path, key: str) -> list[Record]:
+def _records(data: DataSpec, key: Literal["train", "val"], say: Say) -> Records:
+    path = getattr(data, key)
     if not path.exists():
         raise UserError(
-            f"{key}: {path} does not exist; make it with `agevlm scenes --out {path}`, add "
+            f"data.{key}: {path} does not exist; make it with `agevlm scenes --out {path}`, add "
             "data.scenes to the recipe, or name your own data"
         )
-    records = read_records(path)
-    if not records:
-        raise UserError(f"{key}: {path} holds no records")
+    # What a model may be judged by is kept out of what it learns from, not out of validation.
+    exclude = exclusions(data.exclude) if key == "train" else None
+    records = read_records(path, on_error=data.on_error, exclude=exclude)
+    for note in records.notes():
+        say(f"data.{key}: {note}")
     return records
 
 
 def _model(
-    spec: ModelSpec, records: Sequence[Record], run: Path | None
+    recipe: Recipe, records: Records, run: Path | None, ranks: Ranks
 ) -> tuple[AgeVLM, TokenizerWrapper, Preprocessor]:
+    spec = recipe.model
     if spec.init is not None:
         loaded = weights.load(spec.init)
         model, tokenizer, preprocessor = loaded.model, loaded.tokenizer, loaded.preprocessor
     else:
-        table = {
-            "text_config": spec.text_config,
-            "vision_config": spec.vision_config,
-            "fusion_config": config.to_dict(spec.fusion_config) if spec.fusion_config else {},
-        }
-        model_config = config.from_dict(config.ModelConfig, table, "model")
+        model_config = _model_config(spec)
         vocabulary = model_config.text_config.get("vocab_size")
         if not isinstance(vocabulary, int):
             raise UserError(f"model.text_config.vocab_size: expected a number, got {vocabulary!r}")
         model = AgeVLM(model_config)
         preprocessor = Preprocessor.from_dict(model.vision_tower.preprocessing)
-        tokenizer = _tokenizer(records, vocabulary, run)
+        tokenizer = _tokenizer(records, vocabulary, run, ranks)
     if spec.encoder != "random":
         weights.load_encoder(model, spec.encoder)
+    if spec.lora is not None:
+        adapters.add(model, spec.lora)
     return model, tokenizer, preprocessor
 
 
-def _tokenizer(records: Sequence[Record], vocabulary: int, run: Path | None) -> TokenizerWrapper:
-    """The tokenizer of the run to resume, or one made from the training texts."""
-    if run is not None:
-        tokenizer = weights.load_tokenizer(run)
-    else:
-        texts = (turn.text for record in records for turn in record.turns)
-        with tempfile.TemporaryDirectory() as folder:  # mlx-lm's wrapper reads a folder
+def _model_config(spec: ModelSpec) -> config.ModelConfig:
+    table = {
+        "text_config": spec.text_config,
+        "vision_config": spec.vision_config,
+        "fusion_config": config.to_dict(spec.fusion_config) if spec.fusion_config else {},
+    }
+    return config.from_dict(config.ModelConfig, table, "model")
+
+
+def _tokenizer(
+    records: Records, vocabulary: int, run: Path | None, ranks: Ranks
+) -> TokenizerWrapper:
+    """The tokenizer of the run to resume, or one made from the training texts; rank 0's."""
+    with tempfile.TemporaryDirectory() as folder:  # mlx-lm's wrapper reads a folder
+        place = Path(folder) if run is None or not ranks.first else run
+        if run is None and ranks.first:
+            some = range(0, len(records), -(-len(records) // TOKENIZER_RECORDS))
+            texts = (turn.text for number in some for turn in records[number].turns)
             build_tokenizer(texts, vocabulary).save_pretrained(folder)
-            tokenizer = weights.load_tokenizer(Path(folder))
+        files = place.glob("*tokenizer*") if ranks.size > 1 and ranks.first else ()
+        for name, text in ranks.share({f.name: f.read_text("utf-8") for f in files}).items():
+            if not ranks.first:
+                (Path(folder) / name).write_text(text, "utf-8")
+        tokenizer = weights.load_tokenizer(place)
     size = len(tokenizer)  # pyright: ignore[reportArgumentType]
     if size > vocabulary:
         raise UserError(

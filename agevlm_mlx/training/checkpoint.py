@@ -29,7 +29,17 @@ from ..atomic import write_text
 from ..errors import UserError
 
 #: What a run writes besides the finished model; `--overwrite` removes these.
-RUN_FILES = ("config.toml", "metrics.jsonl", "steps", "last", "best")
+RUN_FILES = (
+    "config.toml",
+    "metrics.jsonl",
+    "bad_records.jsonl",
+    "steps",
+    "last",
+    "best",
+    "pictures",
+    "trackers",
+    "adapters",
+)
 _FILES = ("model.safetensors", "optimizer.safetensors")
 
 

@@ -1,26 +1,25 @@
 """The teacher's labels that a run needs: found, made, and checked before the first step."""
 
+import hashlib
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from ..data.image import Preprocessor
-from ..data.records import Record
+from ..data.image_files import image_bytes
+from ..data.record_set import Records
 from ..errors import UserError
 from ..sam.labelling import image_key
-from ..sam.store import Store, file_sha256
+from ..sam.store import Store
 from .stages import Recipe
 
 #: Images whose files are hashed to see that a store belongs to the data.
 SAMPLE = 8
-
-
-def root(data: Path) -> Path:
-    """The folder that image keys are relative to."""
-    return data if data.is_dir() else data.parent
 
 
 @dataclass(frozen=True)
@@ -39,14 +38,13 @@ class Labelling:
         key: str,
         path: Path | None,
         data: Path | None,
-        records: Sequence[Record],
+        records: Records | None,
         features: bool,
     ) -> Store | None:
         """The checked store ``data.<key>`` at `path` for `data`; None if the recipe names none."""
-        if path is None or data is None:
+        if path is None or data is None or records is None:
             return None
-        images = list(dict.fromkeys(record.image for record in records))
-        if not self._complete(path, data, images):
+        if not self._complete(path, records):
             if not self.recipe.data.teach:
                 command = shlex.join(self._command(path, data, features)[1:])
                 raise UserError(
@@ -59,8 +57,11 @@ class Labelling:
             self.say(f"teaching: SAM labels {data}")
             self._run(path, data, features)
         store = Store(path)
-        sample = images[:: max(len(images) // SAMPLE, 1)]
-        keys = {image_key(image, root(data)): file_sha256(image) for image in sample}
+        sample = records.images[:: max(len(records.images) // SAMPLE, 1)]
+        keys = {
+            image_key(image, records.root): hashlib.sha256(image_bytes(image)).hexdigest()
+            for image in sample
+        }
         store.check(self.preprocessor.fingerprint(), self.grid, keys)
         if features and not store.meta.feature_channels:
             raise UserError(
@@ -69,7 +70,7 @@ class Labelling:
             )
         return store
 
-    def check_guided(self, records: Sequence[Record], store: Store | None) -> None:
+    def check_guided(self, records: Records, store: Store | None) -> None:
         """``UserError`` for a stage whose attention or feature loss has nothing to learn from."""
         for stage in self.recipe.stages:
             if stage.losses.features > 0 and store is None:
@@ -80,23 +81,23 @@ class Labelling:
             if stage.losses.attention.weight == 0:
                 continue
             kinds = {kind for spec in stage.texts for kind in spec.kinds}
-            phrases = [p for record in records if record.kind in kinds for p in record.phrases]
-            if not phrases:
+            own = np.isin(records.kind_of, [n for n, k in enumerate(records.kinds) if k in kinds])
+            if not records.guided[own].any():
                 raise UserError(
                     f"stage '{stage.name}': losses.attention.weight > 0, but no text of its kinds "
                     "has a phrase to guide; add phrases to the data or set the weight to 0"
                 )
-            if store is None and not any(phrase.mask for phrase in phrases):
+            if store is None and not records.masked[own].any():
                 raise UserError(
                     f"stage '{stage.name}': losses.attention.weight > 0, but no phrase has a mask; "
                     "label the data with `agevlm teach` and set data.store"
                 )
 
-    def _complete(self, path: Path, data: Path, images: Sequence[Path]) -> bool:
+    def _complete(self, path: Path, records: Records) -> bool:
         if not (path / "index.json").is_file():
             return False
         store = Store(path)
-        return all(image_key(image, root(data)) in store for image in images)
+        return all(image_key(image, records.root) in store for image in records.images)
 
     def _command(self, path: Path, data: Path, features: bool) -> list[str]:
         command = [sys.executable, "-m", "agevlm_mlx.teach", f"--data={data}", f"--out={path}"]

@@ -1,6 +1,7 @@
 """The loss of a batch: one pass of the encoder, one of the language model per group of texts."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -54,74 +55,123 @@ def read_texts(
 
     `seen` is what ``model.look`` gave for the batch's images.
     """
-    cache = model.share(seen, group.ids.shape[1])
+    segments = None if group.segments is None else mx.array(group.segments).flatten(0, 1)
+    cache = model.share(seen, group.ids.shape[1], segments)
     ids = mx.array(group.ids).flatten(0, 1)  # [B*R T]
     if not guided:
         return model(ids, cache), None
     return model.attend(ids, cache, mx.array(group.rows), mx.array(group.cols), heads)
 
 
-def batch_loss(model: AgeVLM, batch: Batch, losses: Losses) -> tuple[mx.array, mx.array]:
+@dataclass(frozen=True)
+class Totals:
+    """What the means of a step's loss are taken over: all of its batch, in however many parts.
+
+    tokens: summed weight of the supervised tokens; guided: of the guided rows; cells: feature
+    cells that are not the teacher's padding.
+    """
+
+    tokens: float
+    guided: float
+    cells: float
+
+    @classmethod
+    def of(cls, batches: Iterable[Batch]) -> "Totals":
+        """Those of these parts."""
+        tokens = guided = cells = 0.0
+        for batch in batches:
+            tokens += sum(float(group.loss_mask.sum()) for group in batch.groups)
+            guided += sum(float(group.weight.sum()) for group in batch.groups)
+            if batch.sam_features is not None:
+                cells += float(_inside(batch.sam_features).sum())
+        return cls(tokens, guided, cells)
+
+
+def _inside(features: np.ndarray) -> np.ndarray:
+    """bool [B S]: the store marks the teacher's padding by features that are all exactly 0."""
+    return (features != 0).any(axis=-1)
+
+
+def batch_loss(
+    model: AgeVLM, batch: Batch, losses: Losses, totals: Totals | None = None
+) -> tuple[mx.array, mx.array]:
     """The weighted loss f32 [] of a batch, and its unweighted parts f32 [3] (see `PARTS`).
 
-    The next-token loss is a mean over all supervised tokens of the batch, the attention loss over
-    all its guided rows; neither depends on how the texts are grouped.
+    The next-token loss is a mean over all supervised tokens of the step, the attention loss over
+    all its guided rows, that of the features over all cells; none depends on how the texts are
+    grouped. With the `totals` of a step of which `batch` is a part, this is the part's share:
+    losses and gradients of the parts add up to those of the whole.
     """
+    totals = totals or Totals.of([batch])
     z_vis = model.encode(mx.array(batch.pixels))
     seen = model.look(model.project(z_vis))
-    lm, tokens = mx.array(0.0), 0.0
-    attention, guided_weight = mx.array(0.0), 0.0
+    lm, attention = mx.array(0.0), mx.array(0.0)
     for group in batch.groups:
         weight = float(group.weight.sum())
         guided = losses.attention.weight > 0 and weight > 0
         logits, attn_map = read_texts(
             model, seen, group, guided=guided, heads=losses.attention.heads
         )
-        group_lm, group_tokens = token_loss(logits, group.labels, group.loss_mask)
-        lm, tokens = lm + group_lm, tokens + group_tokens
+        lm = lm + token_loss(logits, group.labels, group.loss_mask)[0]
         if attn_map is not None:
             mean = attention_loss(
                 attn_map, mx.array(group.target), mx.array(group.weight), losses.attention.kind
             )
-            attention, guided_weight = attention + mean * weight, guided_weight + weight
-    lm, attention = lm / max(tokens, EPS), attention / max(guided_weight, EPS)
+            attention = attention + mean * weight
+    lm, attention = lm / max(totals.tokens, EPS), attention / max(totals.guided, EPS)
     features = mx.array(0.0)
     if losses.features > 0:
-        features = _distillation(model, z_vis, batch)
+        features = _distillation(model, z_vis, batch, totals)
     total = losses.lm * lm + losses.attention.weight * attention + losses.features * features
     return total, mx.stack([lm, attention, features])
 
 
 def loss_and_gradients(
-    model: AgeVLM, params: dict[str, mx.array], batch: Batch, losses: Losses
+    model: AgeVLM,
+    params: dict[str, mx.array],
+    batch: Batch,
+    losses: Losses,
+    totals: Totals | None = None,
+    dtype: mx.Dtype = mx.float32,
 ) -> tuple[tuple[mx.array, mx.array], dict[str, mx.array]]:
     """`batch_loss`, and its gradients by the names of `params`; all still to be evaluated.
 
-    Only what leads to `params` is differentiated: a frozen encoder costs its forward pass.
+    `params` f32 are what is differentiated; the model computes with them as `dtype`. Only what
+    leads to them is differentiated: a frozen encoder costs its forward pass.
     """
 
     def loss(params: dict[str, mx.array]) -> tuple[mx.array, mx.array]:
-        model.update(tree_unflatten(list(params.items())))
-        return batch_loss(model, batch, losses)
+        place(model, params, dtype)
+        return batch_loss(model, batch, losses, totals)
 
     result = mx.value_and_grad(loss)(params)
-    model.update(tree_unflatten(list(params.items())))  # instead of the tracers
+    place(model, params, dtype)  # instead of the tracers
     return result
 
 
-def _distillation(model: AgeVLM, z_vis: mx.array, batch: Batch) -> mx.array:
+def place(model: AgeVLM, params: dict[str, mx.array], dtype: mx.Dtype) -> None:
+    """Give the model these parameters by name, as `dtype`."""
+    model.update(tree_unflatten([(name, value.astype(dtype)) for name, value in params.items()]))
+
+
+def _distillation(model: AgeVLM, z_vis: mx.array, batch: Batch, totals: Totals) -> mx.array:
     assert batch.sam_features is not None  # checked when the store was opened
-    target = mx.array(batch.sam_features)
-    # The store marks the teacher's padding by features that are exactly 0 in all channels.
-    valid = (target != 0).any(axis=-1)
-    return feature_loss(model["sam_adaptor"](z_vis), target, valid)
+    inside = _inside(batch.sam_features)
+    mean = feature_loss(model["sam_adaptor"](z_vis), mx.array(batch.sam_features), mx.array(inside))
+    return mean * (float(inside.sum()) / max(totals.cells, EPS))
 
 
-def validate(model: AgeVLM, batches: Iterator[Batch], heads: int | None) -> dict[str, Any]:
+def validate(
+    model: AgeVLM,
+    batches: Iterable[Batch],
+    heads: int | None,
+    add_up: Callable[[Sequence[float]], list[float]] = list,
+) -> dict[str, Any]:
     """Next-token loss and pointing rate over validation batches.
 
     Pointing: the share of guided rows whose most attended token (mean over layers and the first
-    `heads` heads) has a `soft_mask` of at least one half. None without guided rows.
+    `heads` heads) has a `soft_mask` of at least one half. None without guided rows. `add_up`
+    sums what several processes have counted, each in batches of its own.
     """
     nll, tokens, hits, rows = 0.0, 0.0, 0.0, 0.0
     for batch in batches:
@@ -133,8 +183,10 @@ def validate(model: AgeVLM, batches: Iterator[Batch], heads: int | None) -> dict
             nll, tokens = nll + loss.item(), tokens + weight
             if attn_map is not None:
                 kept = group.weight > 0
-                peak = np.array(attn_map.mean(axis=(1, 2)).argmax(-1))[kept]
+                mean_map = attn_map.astype(mx.float32).mean(axis=(1, 2))
+                peak = np.array(mean_map.argmax(-1))[kept]
                 mask = np.array(soft_mask(mx.array(group.target)))[kept]
                 hits += float((mask[np.arange(len(peak)), peak] >= 0.5).sum())
                 rows += len(peak)
+    nll, tokens, hits, rows = add_up([nll, tokens, hits, rows])
     return {"val_lm": nll / max(tokens, EPS), "val_pointing": hits / rows if rows else None}

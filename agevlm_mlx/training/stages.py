@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import mlx.core as mx
+
 from .. import config
 from ..config import FusionConfig
 from ..data.batches import GroupSpec
@@ -271,6 +273,14 @@ class Recipe:
         for key in _FREE["data"]:
             data["data"].pop(key, None)
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def compute_dtype(train: TrainSpec) -> mx.Dtype:
+    """What the forward and backward pass of a run are computed in on this machine."""
+    name = train.dtype
+    if name == "auto":
+        name = "bfloat16" if mx.default_device() == mx.Device(mx.gpu) else "float32"
+    return mx.bfloat16 if name == "bfloat16" else mx.float32
 
 
 def _at_least(where: str, name: str, value: int, least: int) -> None:

@@ -1,235 +1,449 @@
 """The loop: stages, steps, validation, checkpoints, and how a run ends."""
 
-import errno
+import io
+import itertools
 import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any, cast
+from typing import IO, Any, Protocol, cast
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from ..data.batches import Batch, Batches
-from ..errors import UserError
+from ..data.batches import Batch
+from ..data.prefetch import Prefetch
+from ..data.record_set import Problem, write_problems
+from ..errors import NO_ROOM, UserError
+from ..models.agevlm import AgeVLM
 from . import checkpoint
+from .averaging import Average
 from .build import Job
 from .log import Metrics, Progress
-from .objective import PARTS, loss_and_gradients, validate
-from .optim import AdamW, clip, global_norm, learning_rate
+from .objective import PARTS, Totals, loss_and_gradients, place, validate
+from .optim import clip, global_norm, learning_rate, make_optimizer
+from .ranks import LostRanks, Ranks
 from .rules import named_parameters, parameter_scales, set_trainable
-from .stages import Stage
+from .stages import Stage, compute_dtype
 
+#: What was left out of the data, in the run's folder.
+BAD_RECORDS = "bad_records.jsonl"
+#: How the running mean's names begin in a checkpoint's optimiser file.
+_MEAN = "mean/"
 #: With ``on_nan = "skip"``: so many bad batches in a row are not bad luck.
 MOST_SKIPPED = 10
+
+
+class Observer(Protocol):
+    """Who is told of a run as it goes on; on rank 0 only."""
+
+    def row(self, row: Mapping[str, Any]) -> None:
+        """A row that ``metrics.jsonl`` gets."""
+        ...
+
+    def look(self, step: int, model: AgeVLM) -> None:
+        """The model after `step` steps: at the start, each ``train.pictures_every``, at the end."""
+        ...
+
+    def close(self) -> None:
+        """The run ends, for whatever reason."""
+        ...
 
 
 class Trainer:
     """Trains the model of a job, from its beginning or from the newest checkpoint of its run.
 
     Everything that decides a step is a function of the recipe, the step's number and the
-    checkpoint (parameters, moments, `best`): a run that was killed and resumed equals one that
-    was not, bit for bit on a CPU.
+    checkpoint (parameters, moments, running mean, `best`): a run that was killed and resumed
+    equals one that was not, bit for bit on a CPU. The batch of a step may be cut into parts, for
+    several processes or for memory: their losses are shares of the whole and their gradients are
+    summed, so every cut makes the same step up to rounding.
     """
 
-    def __init__(self, job: Job, run: Path, *, stream: IO[str] | None = None):
+    def __init__(
+        self,
+        job: Job,
+        run: Path,
+        *,
+        ranks: Ranks | None = None,
+        observers: Sequence[Observer] = (),
+        stream: IO[str] | None = None,
+    ):
         self.job, self.run, self.recipe = job, run, job.recipe
         self.model = job.model
-        self.optimizer = AdamW(self.recipe.train.betas, self.recipe.train.weight_decay)
+        self.ranks = ranks or Ranks()
+        self.optimizer = make_optimizer(self.recipe.train)
+        self.average = Average(self.recipe.train.ema) if self.recipe.train.ema else None
+        self.dtype = compute_dtype(self.recipe.train)
+        #: What the stage trains, in float32, where the model computes in less.
+        self.masters: dict[str, mx.array] = {}
         self.step = 0
         #: The best validation so far: {"step", "val_lm"}.
         self.best: dict[str, Any] | None = None
+        #: Validations of the last stage without an improvement.
+        self.stale = 0
+        #: Batches left out because of a loss that was not finite.
+        self.skipped = 0
+        self._in_a_row = 0
         self._saved = 0
-        self._skipped = 0
         self._stop = threading.Event()
+        self._agreed_to_stop = False
+        self._observers = observers if self.ranks.first else ()
         self._stream = stream
 
-    def restore(self, saved: checkpoint.Checkpoint) -> None:
-        """Go on from a checkpoint; ``UserError`` if it is of another recipe or architecture."""
-        if saved.state["recipe"] != self.recipe.fingerprint():
+    def restore(self, saved: checkpoint.Checkpoint | None) -> None:
+        """Go on from rank 0's checkpoint; ``UserError`` if it is of another recipe or model."""
+        known = self.ranks.share(None if saved is None else {"step": saved.step, **saved.state})
+        if known is None:
+            return
+        if known["recipe"] != self.recipe.fingerprint():
             raise UserError(
                 f"{self.run}: the recipe is not the one this run was started with; resume without "
                 "overrides of the model, data, stages or seed, or start a new run with --out"
             )
-        load_parameters(self.model, saved.model, f"{self.run}/steps/{saved.step}")
-        self.optimizer.state = saved.optimizer
-        self.step = self._saved = saved.step
-        self.best = saved.state["best"]
+        model = self.ranks.share_arrays(saved.model if saved else {})
+        state = self.ranks.share_arrays(saved.optimizer if saved else {})
+        self.load(model, f"{self.run}/steps/{known['step']}")
+        mean = {n.removeprefix(_MEAN): v for n, v in state.items() if n.startswith(_MEAN)}
+        self.optimizer.state = {n: v for n, v in state.items() if not n.startswith(_MEAN)}
+        if self.average is not None:
+            self.average.state = mean
+        self.step = self._saved = known["step"]
+        self.best, self.stale, self.skipped = known["best"], known["stale"], known["skipped"]
+
+    def load(self, parameters: dict[str, mx.array], where: str) -> None:
+        """Set all parameters; ``UserError`` if they are another architecture's."""
+        load_parameters(self.model, parameters, where)
+        self.masters = {}
+        if self.dtype != mx.float32:
+            # What was trained last is in the checkpoint in full.
+            self.masters = {n: v for n, v in parameters.items() if v.dtype == mx.float32}
+            place(self.model, self.masters, self.dtype)
+
+    @property
+    def finished(self) -> bool:
+        """Whether no step is left, or validation has not improved for ``train.patience`` times."""
+        patience = self.recipe.train.patience
+        return self.step == self.recipe.steps or (patience is not None and self.stale >= patience)
 
     def train(self) -> bool:
         """Run the remaining steps; False when a signal ended it early (a checkpoint is saved)."""
-        total = self.recipe.steps
-        metrics = Metrics(self.run / "metrics.jsonl", self.step)
-        progress = Progress(total, self.step, self.recipe.train.log_every, self._stream)
+        metrics = Metrics(self.run / "metrics.jsonl", self.step) if self.ranks.first else None
+        stream = self._stream if self.ranks.first else io.StringIO()
+        progress = Progress(self.recipe.stages, self.step, self.recipe.train.log_every, stream)
+        self._tell = _Tell(metrics, progress, self._observers)
         try:
             with _signals(self._stop):
-                while self.step < total and not self._stop.is_set():
-                    self._train_stage(*self.recipe.locate(self.step), metrics, progress)
-                if self._saved != self.step:
-                    self._save(metrics)
+                if self.step == 0:
+                    self._look()
+                while not (self.finished or self._stopping):
+                    self._train_stage(*self.recipe.locate(self.step))
+                self._save_unsaved()
+                if self.finished:
+                    self._look()
+            progress.summary(len(self.job.problems))
+        except UserError:
+            self._save_unsaved()
+            raise
+        except LostRanks as error:
+            self._save_unsaved()
+            raise UserError(
+                f"the connection to another process was lost after step {self.step} ({error}); "
+                f"start all again with: agevlm train --resume {self.run} (any number of machines)"
+            ) from None
         except OSError as error:
-            if error.errno != errno.ENOSPC:
+            if error.errno not in NO_ROOM:
                 raise
             raise UserError(
                 f"{self.run}: no space left on the disk at step {self.step}; free some and run: "
                 f"agevlm train --resume {self.run}"
             ) from None
         finally:
-            progress.close()
-            metrics.close()
-        return self.step == total
+            self._tell.close()
+        return self.finished
 
-    def _train_stage(self, index: int, within: int, metrics: Metrics, progress: Progress) -> None:
+    @property
+    def _stopping(self) -> bool:
+        """Whether a signal asks to stop; several processes agree on it within a step."""
+        return self._stop.is_set() if self.ranks.size == 1 else self._agreed_to_stop
+
+    def _train_stage(self, index: int, within: int) -> None:
         stage = self.recipe.stages[index]
         scales = parameter_scales(self.model, stage)
         set_trainable(self.model, scales)
         self.optimizer.keep_only(scales)
-        with _Prefetch(
-            self.job.batches(stage), self.step, self.step + stage.steps - within
-        ) as data:
+        if self.dtype != mx.float32:
+            own = named_parameters(self.model, trainable=True)
+            self.masters = {
+                name: self.masters.get(name, value.astype(mx.float32))
+                for name, value in own.items()
+            }
+        batches = self.job.batches(stage)
+        parts, count = self._parts(stage)
+        end = self.step + stage.steps - within
+        wanted = ((step, part, count) for step in range(self.step, end) for part in parts)
+        data = self.recipe.data
+        with Prefetch(
+            lambda item: batches.part(*item), wanted, workers=data.workers,
+            depth=max(data.prefetch, len(parts)),
+        ) as source:  # fmt: skip
             for step_in_stage in range(within, stage.steps):
                 start = time.perf_counter()
-                batch = data.next()
+                drawn = [source.next() for _ in parts]
                 waited = time.perf_counter() - start
-                mx.random.seed(self.recipe.train.seed * 1_000_003 + self.step)
+                self._bad_records(batches.take_problems())
                 lr = learning_rate(stage, step_in_stage)
-                parts = self._update(stage, batch, lr, scales)
+                report, tokens = self._update(stage, drawn, lr, scales)
                 self.step += 1
-                tokens = sum(group.ids.size for group in batch.groups)
-                row = {k: float(f"{v:.6g}") for k, v in parts.items()} | {"lr": float(f"{lr:.6g}")}
+                row = {k: float(f"{v:.6g}") for k, v in report.items()} | {"lr": float(f"{lr:.6g}")}
                 seconds = round(time.perf_counter() - start, 4)
-                metrics.write(
+                self._tell.row(
                     step=self.step, stage=stage.name, **row, tokens=tokens, seconds=seconds,
                     waited=round(waited, 4),
                 )  # fmt: skip
-                progress.step(
-                    self.step, stage.name, parts, tokens=tokens, waited=waited,
-                    peak=mx.get_peak_memory(),
+                self._tell.progress.step(
+                    self.step, stage.name, report, tokens=tokens, images=stage.batch_size,
+                    seconds=seconds, waited=waited, peak=mx.get_peak_memory(),
                 )  # fmt: skip
-                self._after_step(stage, metrics, progress)
-                if self._stop.is_set():
+                self._after_step(index)
+                if self._stopping or self.finished:
                     return
 
+    def _parts(self, stage: Stage) -> tuple[list[int], int]:
+        """The parts of a step's batch that this process computes, and how many there are."""
+        size, images = self.ranks.size, stage.batch_size
+        if images < size:
+            raise UserError(
+                f"stage '{stage.name}': expected a batch_size of at least {size}, an image for "
+                f"each process, got {images}"
+            )
+        most = self.recipe.train.micro_batch or images
+        each = -(-images // (size * most))
+        count = size * each
+        first = self.ranks.rank * each
+        filled = [
+            part
+            for part in range(first, first + each)
+            if images * part // count < images * (part + 1) // count
+        ]
+        return filled, count
+
     def _update(
-        self, stage: Stage, batch: Batch, lr: float, scales: dict[str, float]
-    ) -> dict[str, float]:
-        """One optimiser step; the numbers to report."""
-        params = named_parameters(self.model, trainable=True)
-        (loss, parts), grads = loss_and_gradients(self.model, params, batch, stage.losses)
+        self, stage: Stage, drawn: Sequence[Batch], lr: float, scales: dict[str, float]
+    ) -> tuple[dict[str, float], int]:
+        """One optimiser step; the numbers to report, and the text tokens of the whole batch."""
+        own = Totals.of(drawn)
+        size = sum(group.ids.size for batch in drawn for group in batch.groups)
+        *sums, size, stop = self.ranks.sum(
+            [own.tokens, own.guided, own.cells, size, self._stop.is_set()]
+        )
+        self._agreed_to_stop = stop > 0
+        totals = Totals(*sums)
+        params = self.masters or named_parameters(self.model, trainable=True)
+        grads: dict[str, mx.array] = {}
+        shares = mx.zeros(1 + len(PARTS))
+        for number, batch in enumerate(drawn):
+            mx.random.seed((self.recipe.train.seed * 1_000_003 + self.step) * 1009 + number)
+            (loss, parts), new = loss_and_gradients(
+                self.model, params, batch, stage.losses, totals, self.dtype
+            )
+            shares = shares + mx.concatenate([loss[None], parts])
+            grads = {name: grads[name] + g for name, g in new.items()} if grads else new
+            mx.eval(shares, grads)
+        grads = self.ranks.sum_gradients(grads)
+        loss, *values = self.ranks.sum(cast(list[float], shares.tolist()))
         norm = global_norm(grads)
-        mx.eval(loss, parts, norm, grads)
-        values = dict(zip(PARTS, cast(list[float], parts.tolist()), strict=True))
-        used = {
-            "lm": True,
-            "attention": stage.losses.attention.weight,
-            "features": stage.losses.features,
-        }
-        report = {
-            "loss": loss.item(),
-            **{k: v for k, v in values.items() if used[k]},
-            "norm": norm.item(),
-        }
+        used = (True, stage.losses.attention.weight, stage.losses.features)
+        named = zip(PARTS, values, used, strict=True)
+        report = {"loss": loss, **{n: v for n, v, on in named if on}, "norm": norm.item()}
         if not (math.isfinite(report["loss"]) and math.isfinite(report["norm"])):
-            self._not_finite(stage, batch, report, grads)
-            return {"skipped": 1.0}
-        self._skipped = 0
+            self._not_finite(stage, drawn, report, grads)
+            return {"skipped": 1.0}, int(size)
+        self._in_a_row = 0
         grads = clip(grads, norm, self.recipe.train.clip)
         params = self.optimizer.update(params, grads, lr, scales)
-        self.model.update(tree_unflatten(list(params.items())))
-        mx.eval(params, self.optimizer.state)
-        return report
+        if self.masters:
+            self.masters = params
+        place(self.model, params, self.dtype)
+        mx.eval(self.model.parameters(), params, self.optimizer.state)
+        if self.average is not None:
+            self.average.update(named_parameters(self.model) | self.masters, params)
+            mx.eval(self.average.state)
+        return report, int(size)
 
     def _not_finite(
-        self, stage: Stage, batch: Batch, report: dict[str, float], grads: dict[str, mx.array]
+        self,
+        stage: Stage,
+        drawn: Sequence[Batch],
+        report: dict[str, float],
+        grads: dict[str, mx.array],
     ) -> None:
-        self._skipped += 1
-        if self.recipe.train.on_nan == "skip" and self._skipped < MOST_SKIPPED:
+        self._in_a_row += 1
+        self.skipped += 1
+        if self.recipe.train.on_nan == "skip" and self._in_a_row < MOST_SKIPPED:
             return
-        bad = [name for name, g in grads.items() if not mx.isfinite(g).all().item()]
+        norms = {name: global_norm({name: g}).item() for name, g in grads.items()}
+        bad = [name for name, norm in norms.items() if not math.isfinite(norm)]
+        largest = sorted((n for n in norms if n not in bad), key=lambda n: -norms[n])[:3]
+        records = [record for batch in drawn for record in batch.record_ids]
         raise UserError(
             f"step {self.step + 1}, stage '{stage.name}': expected a finite loss, got "
-            f"{report['loss']} (gradients not finite: {_some(bad, 3) or 'none'}); records "
-            f"{_some(batch.record_ids, 16)}; lower the stage's lr, look at these records, or "
+            f"{report['loss']} (gradients not finite: {_some(bad, 3) or 'none'}; largest: "
+            f"{', '.join(f'{n} {norms[n]:.3g}' for n in largest) or 'none'}); records "
+            f"{_some(records, 16)}; lower the stage's lr, look at these records, or "
             "set train.on_nan=skip"
         )
 
-    def _after_step(self, stage: Stage, metrics: Metrics, progress: Progress) -> None:
+    def _bad_records(self, problems: Sequence[Problem]) -> None:
+        """List records and images that were left out, in the run's folder and for the reader."""
+        if not problems:
+            return
+        self.job.problems += problems
+        write_problems(self.run / BAD_RECORDS, self.job.problems)
+        for problem in problems:
+            self._tell.progress.say(f"left out: {problem.error()}")
+
+    def _after_step(self, index: int) -> None:
         train, last = self.recipe.train, self.step == self.recipe.steps
         improved = False
         if self.job.val_records and (self.step % train.val_every == 0 or last):
-            result = validate(self.model, self.job.validation(), stage.losses.attention.heads)
-            metrics.write(step=self.step, stage=stage.name, **result)
-            pointing = result["val_pointing"]
-            shown = "" if pointing is None else f", pointing {pointing:.3f}"
-            progress.say(f"step {self.step}: validation lm {result['val_lm']:.4f}{shown}")
-            improved = self.best is None or result["val_lm"] < self.best["val_lm"]
-            if improved:
-                self.best = {"step": self.step, "val_lm": result["val_lm"]}
+            improved = self._validate(index)
+        if train.pictures_every and self.step % train.pictures_every == 0 and not last:
+            self._look()
         if improved or self.step % train.checkpoint_every == 0:
-            self._save(metrics)
+            self._save()
 
-    def _save(self, metrics: Metrics) -> None:
+    def _validate(self, index: int) -> bool:
+        """Whether this validation, every process taking its share of the batches, is the best."""
+        stage = self.recipe.stages[index]
+        share = itertools.islice(self.job.validation(), self.ranks.rank, None, self.ranks.size)
+        with self._averaged():
+            heads = stage.losses.attention.heads
+            result = validate(self.model, share, heads, self.ranks.sum)
+        self._tell.row(step=self.step, stage=stage.name, **result)
+        pointing = result["val_pointing"]
+        shown = "" if pointing is None else f", pointing {pointing:.3f}"
+        self._tell.progress.say(f"step {self.step}: validation lm {result['val_lm']:.4f}{shown}")
+        improved = self.best is None or result["val_lm"] < self.best["val_lm"]
+        if improved:
+            self.best = {"step": self.step, "val_lm": result["val_lm"]}
+        in_last = index == len(self.recipe.stages) - 1
+        self.stale = self.stale + 1 if in_last and not improved else 0
+        return improved
+
+    def _look(self) -> None:
+        if self._observers:
+            with self._averaged():
+                for observer in self._observers:
+                    observer.look(self.step, self.model)
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The model with the running mean of its weights, where the recipe asks for one."""
+        if self.average is None:
+            yield
+            return
+        own = named_parameters(self.model)
+        _set(self.model, self.average.averaged(own))
+        try:
+            yield
+        finally:
+            _set(self.model, own)
+
+    def finish(self) -> None:
+        """Give the model the weights to export: the last or the best, or their running mean."""
+        if self.recipe.train.export == "best" and self.best:
+            best = checkpoint.load_step(self.run, self.best["step"])
+            self.load(best.model, str(self.run))
+            if self.average is not None:
+                self.average.state = {
+                    n.removeprefix(_MEAN): v
+                    for n, v in best.optimizer.items()
+                    if n.startswith(_MEAN)
+                }
+        if self.average is not None:
+            _set(self.model, self.average.averaged(named_parameters(self.model)))
+
+    def _save_unsaved(self) -> None:
+        """Write a checkpoint of the current step unless there is one."""
+        if self._saved != self.step:
+            self._save()
+
+    def _save(self) -> None:
         """Write a checkpoint of the current step; the rows it relies on reach the disk first."""
-        metrics.sync()
+        self._saved = self.step
+        if not self.ranks.first:
+            return
+        self._tell.sync()
         state = {
             "recipe": self.recipe.fingerprint(),
             "stage": self.recipe.stages[self.recipe.locate(self.step - 1)[0]].name,
             "seed": self.recipe.train.seed,
             "best": self.best,
+            "stale": self.stale,
+            "skipped": self.skipped,
+            "ranks": self.ranks.size,
         }
+        mean = self.average.state if self.average is not None else {}
         checkpoint.save(
             self.run,
             self.step,
-            named_parameters(self.model),
-            self.optimizer.state,
+            named_parameters(self.model) | self.masters,
+            self.optimizer.state | {_MEAN + name: value for name, value in mean.items()},
             state,
             keep=self.recipe.train.keep,
             best=self.best["step"] if self.best else None,
         )
-        self._saved = self.step
 
 
-def load_parameters(model: Any, weights: dict[str, mx.array], where: str) -> None:
+class _Tell:
+    """Everyone who hears of a step: the metrics file, the progress line, the observers."""
+
+    def __init__(
+        self, metrics: Metrics | None, progress: Progress, observers: Sequence[Observer]
+    ) -> None:
+        self.metrics, self.progress, self.observers = metrics, progress, observers
+
+    def row(self, **row: Any) -> None:
+        if self.metrics is not None:
+            self.metrics.write(**row)
+        for observer in self.observers:
+            observer.row(row)
+
+    def sync(self) -> None:
+        if self.metrics is not None:
+            self.metrics.sync()
+
+    def close(self) -> None:
+        self.progress.close()
+        if self.metrics is not None:
+            self.metrics.close()
+        for observer in self.observers:
+            observer.close()
+
+
+def load_parameters(model: nn.Module, weights: dict[str, mx.array], where: str) -> None:
     """Set every parameter of `model`; ``UserError`` when names or shapes differ."""
     own = {name: value.shape for name, value in named_parameters(model).items()}
     if own != {name: value.shape for name, value in weights.items()}:
         raise UserError(
             f"{where}: expected the parameters of this recipe's model, got another model's"
         )
-    model.update(tree_unflatten(list(weights.items())))
+    _set(model, weights)
+
+
+def _set(model: nn.Module, parameters: Mapping[str, mx.array]) -> None:
+    model.update(tree_unflatten(list(parameters.items())))
 
 
 def _some(names: Sequence[str], most: int) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
-
-
-class _Prefetch:
-    """Makes the next batch in a thread while the current one is trained on."""
-
-    def __init__(self, batches: Batches, first: int, end: int):
-        self._batches, self._step, self._end = batches, first, end
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
-        self._next: Future[Batch] = self._pool.submit(batches.batch, first)
-
-    def __enter__(self) -> "_Prefetch":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-    def next(self) -> Batch:
-        """The batch of the current step; starts on the one after it."""
-        batch = self._next.result()
-        self._step += 1
-        if self._step < self._end:
-            self._next = self._pool.submit(self._batches.batch, self._step)
-        return batch
 
 
 @contextmanager

@@ -10,8 +10,8 @@ from PIL import Image
 
 from agevlm_mlx.analysis.examples import Example, read_examples
 from agevlm_mlx.data import scenes
+from agevlm_mlx.data.noun_vocabulary import NounVocabulary
 from agevlm_mlx.errors import UserError
-from agevlm_mlx.evaluation.metrics import NounVocabulary
 from agevlm_mlx.sam.targets import rle_encode
 
 

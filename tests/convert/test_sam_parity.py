@@ -60,7 +60,8 @@ def case(tower: dict, resolution: dict) -> str:
 @pytest.fixture(scope="module")
 def meta(randomise) -> Callable[..., Any]:
     """A whole SAM of Meta's own classes."""
-    from agevlm_mlx.sam.teacher import Architecture, build
+    from agevlm_mlx.sam.architecture import Architecture
+    from agevlm_mlx.sam.teacher import build
 
     return lambda **sizes: randomise(build(Architecture(**DECODER, **sizes)))
 

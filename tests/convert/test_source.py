@@ -20,9 +20,10 @@ from mlx.utils import tree_flatten
 from agevlm_mlx.data.chat import build_tokenizer
 from agevlm_mlx.errors import UserError
 from agevlm_mlx.models.graft import build_language_model
+from agevlm_mlx.models.tensors import Rule, apply_rules
 from agevlm_mlx.weights import write_weights
 from convert import __main__ as cli
-from convert import rules, source
+from convert import source
 from convert.language_model import open_language_model
 
 
@@ -136,8 +137,8 @@ def test_fp8_is_refused_where_it_is_kept(tmp_path: Path):
     safetensors(tmp_path / "model.safetensors", {"kept.weight": table})
     with source.open_tensors(tmp_path) as tensors:
         with pytest.raises(UserError) as caught:
-            rules.apply(tensors, [rules.Rule(r"kept\.(.*)", r"\1")], "there")
-        assert rules.apply(tensors, [rules.Rule(r".*", drop="reason")], "there")[0] == {}
+            apply_rules(tensors, [Rule(r"kept\.(.*)", r"\1")], "there")
+        assert apply_rules(tensors, [Rule(r".*", drop="reason")], "there")[0] == {}
     assert str(caught.value) == (
         "there: expected floating-point numbers, got kept.weight as uint8 (FP8 or quantised "
         "weights are not read); take the bfloat16 or full-precision checkpoint"

@@ -12,8 +12,9 @@ from PIL import Image
 from agevlm_mlx import teach
 from agevlm_mlx.data.batches import Batches, GroupSpec
 from agevlm_mlx.data.image import Preprocessor
-from agevlm_mlx.data.records import read_records
-from agevlm_mlx.sam.labelling import Labeller, collect
+from agevlm_mlx.data.record_set import read_records
+from agevlm_mlx.sam.jobs import Jobs
+from agevlm_mlx.sam.labelling import Labeller
 from agevlm_mlx.sam.store import Store
 from agevlm_mlx.sam.targets import rle_encode
 from convert import __main__ as cli
@@ -91,9 +92,9 @@ def convert(data: Path, files: Path, out: Path, *options: str) -> int:
 
 def taught(data: Path, out: Path, *, features: bool) -> Store:
     """The store that `agevlm teach` makes, with the same features."""
-    make = teach.MakeLabeller(None, None, None, STUDENT, GRID, features)
+    make = teach.MakeLabeller(preprocessor=STUDENT, grid=GRID, features=features)
     labeller = Labeller(FileTeacher(), STUDENT, GRID, features)
-    assert teach.teach(collect(read_records(data), data), make, out, labeller=labeller) == 0
+    assert teach.teach(Jobs(read_records(data)), make, out, labeller=labeller) == 0
     return Store(out)
 
 
@@ -231,7 +232,7 @@ def test_the_embedded_teachers_features_as_files(data, files, tmp_path):
     assert convert(data, files, tmp_path / "store") == 0
     make = teach.MakeLabeller(None, None, None, STUDENT, GRID, True)
     labeller = Labeller(teacher, STUDENT, GRID, True)
-    jobs = collect(read_records(data), data)
+    jobs = Jobs(read_records(data), every_image=True)
     assert teach.teach(jobs, make, tmp_path / "taught", labeller=labeller) == 0
     assert_same(Store(tmp_path / "store"), Store(tmp_path / "taught"))
 
@@ -243,7 +244,7 @@ def test_names_of_files(data, files, tmp_path, name):
     (files / "wide.npy").unlink()
     (files / name).parent.mkdir(exist_ok=True)
     np.save(files / name, EMBEDDINGS["wide"])
-    found = teacher_features.match(files, collect(read_records(data), data))
+    found = teacher_features.match(files, Jobs(read_records(data), every_image=True))
     assert found["images/wide.png"] == files / name
 
 

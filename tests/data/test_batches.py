@@ -1,6 +1,7 @@
 """Batches: which texts and images they hold, and what their phrases should look at."""
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,9 +13,12 @@ from PIL import Image
 
 from agevlm_mlx.data import batches as module
 from agevlm_mlx.data.batches import Batch, Batches, GroupSpec
+from agevlm_mlx.data.bounded import Bounded
 from agevlm_mlx.data.chat import Encoded, encode
-from agevlm_mlx.data.coco import read_coco
 from agevlm_mlx.data.image import Preprocessor, load_image
+from agevlm_mlx.data.image_check import check_images
+from agevlm_mlx.data.order import Order
+from agevlm_mlx.data.record_set import Records
 from agevlm_mlx.data.records import Phrase, Record, Turn
 from agevlm_mlx.errors import UserError
 from agevlm_mlx.sam.store import prompt_key
@@ -27,7 +31,9 @@ CAPTION, PRESENCE = GroupSpec(kinds=("caption",)), GroupSpec(kinds=("presence",)
 
 def draw(records: Sequence[Record], tokenizer: Any, *groups: GroupSpec, **options: Any) -> Batches:
     settings = {"batch_size": 4, "seed": 1, **options}
-    preprocessor = settings.pop("preprocessor", PREPROCESSOR)
+    preprocessor, root = settings.pop("preprocessor", PREPROCESSOR), settings.pop("root", None)
+    if not isinstance(records, Records):
+        records = Records.from_list(records, root)
     return Batches(records, tokenizer, preprocessor, GRID, groups=groups, **settings)
 
 
@@ -43,12 +49,6 @@ def equal(a: Batch, b: Batch) -> bool:
             for name in names
         )
     )
-
-
-@pytest.fixture(scope="session")
-def masked(scenes: Path) -> list[Record]:
-    """The captions of the scenes, whose phrases bring their masks."""
-    return read_coco(scenes / "captions.json", scenes / "instances.json", scenes / "images")
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ class Shelf:
 
 
 def test_a_batch_depends_on_the_seed_and_the_step_only(
-    records: list[Record], masked: list[Record], micro: Any
+    records: Records, masked: Records, micro: Any
 ) -> None:
     data = [*masked, *(record for record in records if record.kind == "presence")]
     one, other = (draw(data, micro, CAPTION, PRESENCE, flip=True) for _ in range(2))
@@ -97,9 +97,7 @@ def test_a_batch_depends_on_the_seed_and_the_step_only(
 
 
 @pytest.mark.parametrize("batch_size", [6, 5, 60])
-def test_every_epoch_shows_each_image_once(
-    masked: list[Record], micro: Any, batch_size: int
-) -> None:
+def test_every_epoch_shows_each_image_once(masked: Records, micro: Any, batch_size: int) -> None:
     batches = draw(masked, micro, CAPTION, batch_size=batch_size)
     shown = [i for step in range(2 * 48 // batch_size + 2) for i in batches.batch(step).record_ids]
     first, second = shown[:48], shown[48:96]
@@ -107,9 +105,7 @@ def test_every_epoch_shows_each_image_once(
     assert first != second
 
 
-def test_texts_are_drawn_from_their_kinds_without_repeats(
-    records: list[Record], micro: Any
-) -> None:
+def test_texts_are_drawn_from_their_kinds_without_repeats(records: Records, micro: Any) -> None:
     kind_of = {record.id: record.kind for record in records}
     groups = (CAPTION, GroupSpec(kinds=("presence", "count"), n=6))
     batches = draw(records, micro, *groups)
@@ -127,10 +123,126 @@ def test_texts_are_drawn_from_their_kinds_without_repeats(
     assert len(frozenset.union(*drawn)) == 13
 
 
+@pytest.mark.parametrize("parts", [2, 3, 5])
+@pytest.mark.parametrize("pack", [False, True])
+def test_the_parts_of_a_batch_are_the_whole(
+    records: Records, micro: Any, parts: int, pack: bool
+) -> None:
+    options: dict[str, Any] = {"batch_size": 5, "flip": True, "pack": pack, "bucket": 3}
+    whole = draw(records, micro, PRESENCE, CAPTION, **options).batch(7)
+    batches = draw(records, micro, PRESENCE, CAPTION, **options)
+    cut = [batches.part(7, part, parts) for part in reversed(range(parts))][::-1]
+    np.testing.assert_array_equal(np.concatenate([b.pixels for b in cut]), whole.pixels)
+    assert sorted(i for b in cut for i in b.record_ids) == sorted(whole.record_ids)
+    assert texts(whole) == [text for b in cut for text in texts(b)]
+
+
+def texts(batch: Batch) -> list[list[tuple[bytes, bytes]]]:
+    """The ids and loss masks of each image's texts, sorted."""
+    found: list[list[tuple[bytes, bytes]]] = [[] for _ in batch.pixels]
+    for group in batch.groups:
+        for image, row in np.ndindex(group.ids.shape[:2]):
+            ids, loss = group.ids[image, row], group.loss_mask[image, row]
+            if group.segments is None:
+                segments = np.where(
+                    np.arange(len(ids)) <= np.flatnonzero(loss).max(initial=-1), 0, -1
+                )
+            else:
+                segments = group.segments[image, row]
+            for number in set(segments) - {-1}:
+                here = segments == number
+                found[image].append((ids[here].tobytes(), loss[here].tobytes()))
+    return [sorted(own) for own in found]
+
+
+def test_a_step_has_no_more_parts_than_images(masked: Records, micro: Any) -> None:
+    with pytest.raises(UserError, match=r"batch_size: expected .* each of 5 parts .* got 4"):
+        draw(masked, micro, CAPTION).part(0, 0, 5)
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_threads_make_the_same_batches(records: Records, micro: Any, pack: bool) -> None:
+    groups = (CAPTION, GroupSpec(kinds=("presence", "count"), n=6))
+    wanted = [draw(records, micro, *groups, pack=pack).batch(step) for step in range(12)]
+    shared = draw(records, micro, *groups, pack=pack)
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(shared.batch, [*range(12), *range(12)]))
+    assert all(equal(a, b) for a, b in zip(made, [*wanted, *wanted], strict=True))
+
+
+# Buckets --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("n", "batch_size", "bucket"), [(50, 4, 3), (7, 4, 2), (3, 8, 1), (64, 8, 99)]
+)
+def test_buckets_show_each_image_once_an_epoch(n: int, batch_size: int, bucket: int) -> None:
+    lengths = np.random.default_rng(0).integers(1, 100, n).astype(float)
+    order = Order(lengths, batch_size, 3, bucket)
+    shown = [order.image(place) for place in range(5 * n)]
+    epochs = [shown[e * n : (e + 1) * n] for e in range(5)]
+    assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 3
+    again = Order(lengths, batch_size, 3, bucket)
+    assert [again.image(place) for place in reversed(range(5 * n))] == shown[::-1]
+
+
+def test_images_of_a_bucketed_batch_have_texts_of_like_length() -> None:
+    lengths = np.random.default_rng(0).permutation(np.arange(240.0))
+    order = Order(lengths, 8, 3, bucket=10)
+    batches = [[lengths[order.image(step * 8 + slot)] for slot in range(8)] for step in range(30)]
+    spans = [max(batch) - min(batch) for batch in batches]
+    assert np.mean(spans) < 30  # 187 where the order is random
+    means = np.array([np.mean(batch) for batch in batches])
+    assert (np.diff(means) < 0).sum() > 8  # but not one after another by length
+
+
+def test_the_last_images_of_an_epoch_begin_a_batch_that_the_next_one_ends() -> None:
+    lengths = np.arange(11.0)
+    order = Order(lengths, 4, 0, bucket=2)
+    plain = Order(lengths, 4, 0)
+    # Batches 0 and 1 are whole, batch 2 lies in both epochs, where nothing is sorted.
+    places = [*range(8, 11), 11]
+    assert [order.image(p) for p in places] == [plain.image(p) for p in places]
+    for first in (12, 16):
+        images = [order.image(p) for p in range(first, first + 4)]
+        assert images == sorted(images)
+
+
+def test_buckets_go_by_the_texts_that_are_drawn(one: Record, micro: Any, tmp_path: Path) -> None:
+    short, long = (Turn("assistant", text) for text in ("No.", "Yes, the dog. " * 9))
+    data = []
+    for number in range(12):
+        image = tmp_path / f"{number}.png"
+        Image.new("RGB", (8, 8)).save(image)
+        # What is long as a caption is short as a question, and the other way about.
+        for kind, answer in zip(
+            ("caption", "presence"), (short, long)[:: (-1) ** number], strict=True
+        ):
+            data.append(
+                replace(
+                    one,
+                    id=f"{number}-{kind}",
+                    image=image,
+                    phrases=(),
+                    kind=kind,
+                    turns=(one.turns[0], answer),
+                )
+            )
+    for kind in ("caption", "presence"):
+        batches = draw(data, micro, GroupSpec(kinds=(kind,)), bucket=3)
+        columns = [batches.batch(step).groups[0].ids.shape[2] for step in range(3)]
+        assert len(set(columns)) > 1
+        numbers = [
+            [int(i.split("-")[0]) % 2 for i in batches.batch(s).record_ids] for s in range(3)
+        ]
+        assert sorted(sum(row) for row in numbers) == [0, 2, 4]
+
+
 # What -----------------------------------------------------------------------------------------
 
 
-def test_pixels_are_those_of_the_preprocessor(masked: list[Record], micro: Any) -> None:
+def test_pixels_are_those_of_the_preprocessor(masked: Records, micro: Any) -> None:
     batch = draw(masked, micro, CAPTION).batch(0)
     image_of = {record.id: record.image for record in masked}
     for pixels, name in zip(batch.pixels, batch.record_ids, strict=True):
@@ -139,7 +251,7 @@ def test_pixels_are_those_of_the_preprocessor(masked: list[Record], micro: Any) 
     assert batch.sam_features is None
 
 
-def test_rows_hold_the_texts_and_predict_the_next_token(records: list[Record], micro: Any) -> None:
+def test_rows_hold_the_texts_and_predict_the_next_token(records: Records, micro: Any) -> None:
     by_id = {record.id: record for record in records}
     batch = draw(records, micro, PRESENCE, CAPTION).batch(2)
     names = iter(batch.record_ids)
@@ -165,7 +277,7 @@ def test_rows_hold_the_texts_and_predict_the_next_token(records: list[Record], m
     assert next(names, None) is None
 
 
-def test_rows_without_a_text_have_no_loss(masked: list[Record], micro: Any) -> None:
+def test_rows_without_a_text_have_no_loss(masked: Records, micro: Any) -> None:
     (group,) = draw(masked, micro, GroupSpec(kinds=("caption",), n=3)).batch(0).groups
     assert group.ids.shape[:2] == (4, 3)
     assert (group.loss_mask.sum(axis=2) > 0).tolist() == [[True, False, False]] * 4
@@ -185,7 +297,7 @@ def test_a_batch_may_lack_a_kind(one: Record, micro: Any, tmp_path: Path) -> Non
 # Where ----------------------------------------------------------------------------------------
 
 
-def test_targets_are_the_masks_at_the_tokens_that_look(masked: list[Record], micro: Any) -> None:
+def test_targets_are_the_masks_at_the_tokens_that_look(masked: Records, micro: Any) -> None:
     by_id = {record.id: record for record in masked}
     batch = draw(masked, micro, CAPTION).batch(1)
     (group,) = batch.groups
@@ -249,7 +361,7 @@ def test_a_phrase_without_mask_or_store_guides_nothing(one: Record, micro: Any) 
     assert not group.weight.any()
 
 
-def test_flip_mirrors_pixels_and_targets_together(masked: list[Record], micro: Any) -> None:
+def test_flip_mirrors_pixels_and_targets_together(masked: Records, micro: Any) -> None:
     plain = draw(masked, micro, CAPTION, batch_size=8)
     flipped = draw(masked, micro, CAPTION, batch_size=8, flip=True)
     turned = []
@@ -285,7 +397,7 @@ def test_targets_come_from_the_store_by_box_or_point(one: Record, micro: Any) ->
         np.testing.assert_array_equal(group.target[:2], np.stack([coverage, coverage]))
 
 
-def test_image_keys_start_at_the_data_folder(records: list[Record], micro: Any) -> None:
+def test_image_keys_start_at_the_data_folder(records: Records, micro: Any) -> None:
     record = next(r for r in records if r.kind == "presence" and r.phrases)
     assert record.phrases[0].box is not None
     prompt = prompt_key(record.phrases[0].box)
@@ -304,7 +416,7 @@ def test_a_phrase_that_the_store_lacks_is_named(one: Record, micro: Any) -> None
         batches.batch(0)
 
 
-def test_features_come_along_and_are_mirrored_too(masked: list[Record], micro: Any) -> None:
+def test_features_come_along_and_are_mirrored_too(masked: Records, micro: Any) -> None:
     rng = np.random.default_rng(0)
     keys = [f"images/{record.image.name}" for record in masked]
     features = {key: rng.random((16, 3)).astype(np.float32) for key in keys}
@@ -359,7 +471,7 @@ def test_a_damaged_image_is_named_when_its_turn_comes(one: Record, micro: Any) -
         draw([one], micro, CAPTION, batch_size=1).batch(0)
 
 
-def test_kinds_that_the_data_lacks_are_listed(records: list[Record], micro: Any) -> None:
+def test_kinds_that_the_data_lacks_are_listed(records: Records, micro: Any) -> None:
     with pytest.raises(UserError, match="no texts of kind ocr or chat; it has attribute, caption"):
         draw(records, micro, CAPTION, GroupSpec(kinds=("ocr", "chat")))
     with pytest.raises(UserError, match="it has none"):
@@ -370,15 +482,147 @@ def test_kinds_that_the_data_lacks_are_listed(records: list[Record], micro: Any)
         GroupSpec(kinds=())
 
 
+# What is left out -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def several(one: Record, tmp_path: Path) -> list[Record]:
+    """Ten records about ten pictures, of which 3 and 4 are damaged and 6 has a box outside."""
+    data = []
+    for number in range(10):
+        image = tmp_path / f"{number}.png"
+        Image.new("RGB", (40, 20), (0, 20 * number, 255)).save(image)
+        data.append(replace(one, id=f"r{number}", image=image))
+    for number in (3, 4):
+        data[number].image.write_bytes(data[number].image.read_bytes()[:60])
+    data[6] = with_phrase(data[6], box=(1, 1, 41, 9))
+    return data
+
+
+@pytest.mark.parametrize("bucket", [0, 2])
+def test_the_next_image_takes_the_place_of_one_that_cannot_be_used(
+    several: list[Record], micro: Any, bucket: int
+) -> None:
+    batches = draw(several, micro, CAPTION, on_error="skip", flip=True, bucket=bucket)
+    made = [batches.batch(step) for step in range(5)]
+    order = Order(batches._order._lengths, 4, 1, bucket)
+    shown = [name for batch in made for name in batch.record_ids]
+    wanted = []
+    for place in range(20):
+        drawn = [order.image(place, later) for later in range(10)]
+        wanted.append(next(f"r{image}" for image in drawn if image not in (3, 4, 6)))
+    assert shown == wanted
+    problems = batches.take_problems()
+    assert sorted(p.record or "" for p in problems) == ["r3", "r4", "r6"]
+    assert all(p.where == str(several[int((p.record or "")[1:])].image) for p in problems)
+    damaged, outside = problems[0], next(p for p in problems if p.record == "r6")
+    assert "box [1, 1, 41, 9] of 'dog' is outside" in outside.problem
+    assert not damaged.problem.startswith(damaged.where)
+    assert batches.take_problems() == []
+    # The same in another order and in parts.
+    again = draw(several, micro, CAPTION, on_error="skip", flip=True, bucket=bucket)
+    for batch in reversed(made):
+        assert equal(again.batch(batch.step), batch)
+    halves = [again.part(2, part, 2) for part in range(2)]
+    assert [name for half in halves for name in half.record_ids] == made[2].record_ids
+    assert len(again.take_problems()) == 3
+
+
+def test_another_text_takes_the_place_of_a_bad_one(one: Record, micro: Any) -> None:
+    bad = replace(with_phrase(one, box=(1, 1, 9, 20.5)), id="bad")
+    data = [bad, one, replace(one, id="7-c")]
+    batches = draw(data, micro, GroupSpec(kinds=("caption",), n=2), batch_size=1, on_error="skip")
+    drawn = [batches.batch(step).record_ids for step in range(12)]
+    assert {frozenset(ids) for ids in drawn} == {frozenset({"7-a", "7-c"})}
+    assert [p.record for p in batches.take_problems()] == ["bad"]
+
+
+def test_data_of_which_nothing_can_be_used_ends_the_run(
+    several: list[Record], micro: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = draw(several[3:5], micro, CAPTION, on_error="skip")
+    with pytest.raises(UserError, match=r"none of 2 images in a row .*[34]\.png: (damaged|not an)"):
+        batches.batch(0)
+    monkeypatch.setattr(module, "_MOST_SKIPPED", 1)
+    batches = draw(several, micro, CAPTION, on_error="skip")
+    with pytest.raises(UserError, match="none of 1 images in a row"):
+        [batches.batch(step) for step in range(3)]
+
+
+def test_a_damaged_image_without_a_store_entry_is_left_out(
+    one: Record, micro: Any, tmp_path: Path
+) -> None:
+    other = replace(one, id="8", image=tmp_path / "2.png", phrases=())
+    Image.new("RGB", (8, 8)).save(other.image)
+    store = Shelf({}, {"2.png": np.ones((16, 3), np.float32)})
+    batches = draw(
+        [replace(one, phrases=()), other],
+        micro,
+        CAPTION,
+        batch_size=2,
+        store=store,
+        on_error="skip",
+        root=tmp_path,
+    )
+    assert batches.batch(0).record_ids == ["8", "8"]
+    (problem,) = batches.take_problems()
+    assert "no features for 1.png" in problem.problem
+
+
+def test_images_are_checked_before_the_first_step(
+    several: list[Record], records: Records, masked: Records
+) -> None:
+    assert check_images(records) == check_images(masked, most=5) == []
+    data = Records.from_list(
+        [*several, with_phrase(several[0], mask=rle_encode(np.ones((3, 3), bool)))]
+    )
+    found = check_images(data)
+    assert [problem.record for problem in found] == ["r0", "r3", "r4", "r6"]
+    assert "is 3x3" in found[0].problem
+    assert "outside" in found[3].problem
+    # Evenly spread: the first, the middle and the last.
+    assert [p.record for p in check_images(Records.from_list(several[:5]), most=3)] == ["r4"]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBA", "CMYK", "I;16", "I", "F"])
+def test_odd_modes_are_pictures_too(one: Record, micro: Any, tmp_path: Path, mode: str) -> None:
+    path = tmp_path / "odd.tiff"
+    plain = np.full((20, 40), 200, np.float32)
+    image = Image.fromarray(plain) if mode == "F" else Image.new("L", (40, 20), 200)
+    if mode == "PA":
+        path, image = tmp_path / "odd.png", image.convert("P")
+        image.save(path, transparency=0)
+    elif mode == "I;16":
+        Image.fromarray(plain.astype(np.uint16) * 257).save(path)
+    else:
+        image.convert(mode).save(path)
+    record = replace(one, image=path, phrases=())
+    assert check_images(Records.from_list([record])) == []
+    batch = draw([record], micro, CAPTION, batch_size=1).batch(0)
+    assert batch.pixels.shape == (1, 32, 32, 3)
+
+
+def test_a_picture_beyond_the_limit_is_refused_before_it_is_decoded(
+    one: Record, micro: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "huge.png"
+    Image.new("1", (60_000, 1_000)).save(path)
+    record = replace(one, image=path)
+    (problem,) = check_images(Records.from_list([record]))
+    assert "at most 50 megapixels, got 60000x1000" in problem.problem
+    with pytest.raises(UserError, match=r"record 7-a: .*huge\.png: expected at most 50 megapixels"):
+        draw([record], micro, CAPTION, batch_size=1).batch(0)
+
+
 # Memory ---------------------------------------------------------------------------------------
 
 
 def test_pixels_are_kept_up_to_a_budget(
-    masked: list[Record], micro: Any, monkeypatch: pytest.MonkeyPatch
+    masked: Records, micro: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loads: list[Path] = []
     monkeypatch.setattr(
-        module, "load_image", lambda path: (loads.append(path), load_image(path))[1]
+        module, "image_bytes", lambda path: (loads.append(path), path.read_bytes())[1]
     )
     few = masked[:8]
     kept = draw(few, micro, CAPTION)
@@ -389,6 +633,40 @@ def test_pixels_are_kept_up_to_a_budget(
     assert all(equal(tight.batch(batch.step), batch) for batch in wanted)
     assert len(loads) > 20
     assert len(tight._pixels) == 2
+
+
+def test_tokenised_texts_are_kept_up_to_a_budget(
+    records: Records, micro: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[object] = []
+    monkeypatch.setattr(module, "encode", lambda *args: (calls.append(args), encode(*args))[1])
+    kept = draw(records, micro, PRESENCE)
+    for _ in range(2):
+        for step in range(4):
+            kept.batch(step)
+        first = len(calls)
+    assert len(calls) == first <= 4 * 4 * 4
+    monkeypatch.setattr(module, "_TEXT_BYTES", 20_000)
+    tight = draw(records, micro, PRESENCE)
+    for step in range(12):
+        assert equal(tight.batch(step), kept.batch(step))
+    assert 0 < len(tight._encoded) < 15
+
+
+def test_a_bounded_memory_forgets_what_was_not_used_for_longest() -> None:
+    made: list[str] = []
+    memory = Bounded[str](10)
+
+    def ask(key: str) -> str:
+        return memory.get(key, lambda: (made.append(key), key)[1], len)
+
+    for key in ("aaaa", "bbbb", "aaaa", "cccc", "aaaa", "bbbb"):
+        assert ask(key) == key
+    assert made == ["aaaa", "bbbb", "cccc", "bbbb"]
+    assert ask("d" * 11) == "d" * 11  # does not fit at all
+    assert len(memory) == 0
+    assert ask("aaaa") == "aaaa"
+    assert len(memory) == 1
 
 
 def test_the_last_token_guides_nothing(

@@ -1,16 +1,17 @@
 """Records from the files users have, and what is said about files that are wrong."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
 
-from agevlm_mlx.data.coco import read_coco
-from agevlm_mlx.data.records import CAPTION_PROMPT, Phrase, Record, Turn, read_records
+from agevlm_mlx.data.record_set import read_records
+from agevlm_mlx.data.records import Phrase, Record, Turn, image_name, parse_record, to_json
 from agevlm_mlx.errors import UserError
 from agevlm_mlx.sam.targets import rle_decode, rle_encode
 
@@ -80,7 +81,7 @@ def test_our_jsonl(folder: Path) -> None:
         "presence",
     )
     assert (second.id, second.phrases) == ("b", ())
-    assert read_records(folder) == [first, second]  # the only .jsonl of the folder
+    assert list(read_records(folder)) == [first, second]  # the only .jsonl of the folder
 
 
 @pytest.mark.parametrize("name", ["x.json", "x.jsonl"])
@@ -132,172 +133,6 @@ def test_several_turns_and_a_mask(folder: Path) -> None:
     np.testing.assert_array_equal(rle_decode(record.phrases[0].mask), mask)
 
 
-def test_a_scenes_folder_says_the_same_in_llava_and_coco(
-    scenes: Path, records: list[Record]
-) -> None:
-    coco = read_coco(scenes / "captions.json", scenes / "instances.json", scenes / "images")
-    llava = [record for record in records if record.kind == "caption"]
-    assert len(coco) == len(llava) == 48
-    for ours, theirs in zip(llava, coco, strict=True):
-        assert theirs.turns == ours.turns
-        assert theirs.image == ours.image
-        assert theirs.kind == "caption"
-        assert [(p.text, p.turn, p.start, p.end, p.box) for p in theirs.phrases] == [
-            (p.text, p.turn, p.start, p.end, p.box) for p in ours.phrases
-        ]
-
-
-def test_a_folder_with_coco_tables_only_is_read(tmp_path: Path, scenes: Path) -> None:
-    for name in ("captions.json", "instances.json", "images"):
-        os.symlink(scenes / name, tmp_path / name)
-    assert {record.kind for record in read_records(tmp_path)} == {"caption"}
-
-
-# COCO -----------------------------------------------------------------------------------------
-
-COCO_IMAGE = {"id": 5, "file_name": "1.png", "width": 20, "height": 10}
-
-
-def coco(folder: Path, caption: Any, *annotations: dict[str, Any], **tables: Any) -> list[Record]:
-    """One caption about one picture; categories 1 dog, 2 hot dog, 3 cup, 4 dog house."""
-    names = ("dog", "hot dog", "cup", "dog house")
-    instances = {
-        "images": [COCO_IMAGE],
-        "categories": [{"id": i, "name": name} for i, name in enumerate(names, 1)],
-        "annotations": [{"image_id": 5, "iscrowd": 0, **a} for a in annotations],
-        **tables,
-    }
-    captions = {
-        "images": [COCO_IMAGE],
-        "annotations": [{"id": 9, "image_id": 5, "caption": caption}],
-    }
-    (folder / "instances.json").write_text(json.dumps(instances))
-    (folder / "captions.json").write_text(json.dumps(captions))
-    return read_coco(folder / "captions.json", folder / "instances.json", folder / "images")
-
-
-def thing(category: int, x: int, y: int, w: int, h: int, form: str = "polygon") -> dict[str, Any]:
-    """A rectangle of a category as a COCO annotation."""
-    mask = np.zeros((10, 20), bool)
-    mask[y : y + h, x : x + w] = True
-    segmentation = {
-        "polygon": [[x, y, x + w - 1, y, x + w - 1, y + h - 1, x, y + h - 1]],
-        "rle": rle_encode(mask, compressed=False),
-        "compressed": rle_encode(mask),
-    }[form]
-    return {"category_id": category, "bbox": [x, y, w, h], "segmentation": segmentation}
-
-
-@pytest.mark.parametrize("form", ["polygon", "rle", "compressed"])
-def test_coco_masks_in_every_form(folder: Path, form: str) -> None:
-    (record,) = coco(folder, "A dog sits.", thing(1, 3, 2, 6, 4, form))
-    assert record.turns == (Turn("user", CAPTION_PROMPT), Turn("assistant", "A dog sits."))
-    (found,) = record.phrases
-    assert (found.text, found.turn, found.start, found.end) == ("dog", 1, 2, 5)
-    assert found.box == (3, 2, 9, 6)
-    assert found.mask is not None
-    wanted = np.zeros((10, 20), bool)
-    wanted[2:6, 3:9] = True
-    np.testing.assert_array_equal(rle_decode(found.mask), wanted)
-
-
-def test_coco_polygons_follow_their_corners(folder: Path) -> None:
-    triangle = {**thing(1, 0, 0, 20, 10), "segmentation": [[0, 0, 19, 0, 0, 9], [15, 8, 19, 8]]}
-    (record,) = coco(folder, "A dog.", triangle)
-    picture = Image.new("1", (20, 10))
-    ImageDraw.Draw(picture).polygon([0, 0, 19, 0, 0, 9], fill=1)
-    assert record.phrases[0].mask is not None
-    mask = rle_decode(record.phrases[0].mask)
-    np.testing.assert_array_equal(mask[:, :14], np.asarray(picture)[:, :14])
-    assert mask[8, 15:20].all()
-
-
-def test_coco_words_cover_all_instances_of_their_category(folder: Path) -> None:
-    (record,) = coco(folder, "Two DOGS play.", thing(1, 0, 0, 3, 3), thing(1, 10, 5, 4, 4))
-    (found,) = record.phrases
-    assert (found.text, found.box) == ("DOG", (0, 0, 14, 9))
-    assert found.mask is not None
-    assert rle_decode(found.mask).sum() == 9 + 16
-
-
-@pytest.mark.parametrize(
-    ("caption", "texts"),
-    [
-        ("A hot dog on a table", ["hot dog"]),
-        ("A hot dog and a dog", ["hot dog", "dog"]),
-        ("A cup beside a dog", ["cup", "dog"]),
-        ("Dog houses", ["Dog house"]),
-        ("Cupcakes and doggies", []),
-        ("A table", []),
-    ],
-)
-def test_coco_finds_whole_names_the_longest_first(
-    folder: Path, caption: str, texts: list[str]
-) -> None:
-    things = [thing(c, 2 * c, 1, 3, 3) for c in (1, 2, 3, 4)]
-    (record,) = coco(folder, caption, *things)
-    assert [p.text for p in record.phrases] == texts
-    assert all(caption[p.start : p.end] == p.text for p in record.phrases)
-
-
-def test_coco_names_what_is_absent_without_a_phrase(folder: Path) -> None:
-    (record,) = coco(folder, "A dog and a cup", thing(3, 1, 1, 3, 3))
-    assert [p.text for p in record.phrases] == ["cup"]
-
-
-def test_coco_boxes_that_reach_out_by_rounding_are_cut(folder: Path) -> None:
-    item = {**thing(1, 10, 5, 10, 5), "bbox": [10, 5, 10.01, 5.004]}
-    (record,) = coco(folder, "A dog", item)
-    assert record.phrases[0].box == (10, 5, 20, 10)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"bbox": [1, 2, 3]}, "instances.json: annotation 2: expected 4 numbers in 'bbox'"),
-        ({"bbox": [1, 2, 0, 3]}, "annotation 2: expected a bbox x y width height"),
-        ({"bbox": [30, 2, 4, 3]}, "annotation 2: expected a bbox"),
-        ({"category_id": 77}, "instances.json: annotation 2: .*77"),
-        ({"segmentation": {"size": [10, 20], "counts": [1]}}, "annotation 2: mask counts"),
-        ({"segmentation": rle_encode(np.ones((4, 4), bool))}, r"annotation 2: .*\[10, 20\]"),
-        ({"segmentation": [[1, "x"]]}, "not as COCO tables are"),
-        ({"segmentation": 3}, "not as COCO tables are"),
-    ],
-)
-def test_coco_errors_name_the_annotation(
-    folder: Path, fields: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(UserError, match=message) as caught:
-        coco(folder, "A dog and a cup", thing(3, 0, 0, 2, 2), {**thing(1, 1, 1, 4, 4), **fields})
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "tables",
-    [
-        {"images": [{"id": 5}]},
-        {"images": [{**COCO_IMAGE, "width": 10**9, "height": 10**9}]},
-        {"images": [{**COCO_IMAGE, "width": 0}]},
-        {"categories": 3},
-        {"categories": ["dog"]},
-        {"annotations": None},
-        {"annotations": [1]},
-    ],
-)
-def test_coco_tables_of_another_kind_are_refused(folder: Path, tables: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"instances\.json|captions\.json") as caught:
-        coco(folder, "A dog", thing(1, 1, 1, 4, 4), **tables)
-    assert "\n" not in str(caught.value)
-
-
-def test_coco_captions_must_say_something_about_a_known_image(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"captions\.json: annotation 1: the caption is empty"):
-        coco(folder, " \n")
-    (folder / "images" / "1.png").unlink()
-    with pytest.raises(UserError, match=r"image not found: .*1\.png"):
-        coco(folder, "A dog")
-
-
 # What is wrong --------------------------------------------------------------------------------
 
 WRONG: list[tuple[Any, str]] = [
@@ -307,6 +142,11 @@ WRONG: list[tuple[Any, str]] = [
     ("[1]", "expected an object, got list"),
     (changed(OURS, image=None), "expected the path of an image"),
     (changed(OURS, image=""), "expected the path of an image"),
+    (changed(OURS, image="images/1\0.png"), "expected the path of an image"),
+    ({"id": "a"}, "expected the path of an image in 'image', got None"),
+    (json.dumps(OURS)[:-9] + "\0" + json.dumps(OURS)[-9:], "malformed JSON"),
+    (json.dumps(changed(OURS, id="\ud83d")), "expected whole letters, got half of a surrogate"),
+    (json.dumps(OURS)[:90], "malformed JSON"),
     (changed(OURS, image="../secret.png"), "expected an image inside"),
     (changed(OURS, image="images/../../secret.png"), "expected an image inside"),
     (changed(OURS, image="/etc/passwd"), "expected an image inside"),
@@ -339,6 +179,7 @@ WRONG: list[tuple[Any, str]] = [
     (phrase(box=[1, 2, 5, True]), "expected 4 numbers in 'box'"),
     (json.dumps(phrase(box=[1, 2, 5, float("nan")])), "expected 4 numbers in 'box'"),
     (phrase(box=[1, 2, 5, 10**400]), "expected 4 numbers in 'box'"),
+    (phrase(mask=[1, 2]), "expected COCO RLE in 'mask', got list"),
     (phrase(point=[1]), "expected 2 numbers in 'point'"),
     (phrase(point=[-3, 1]), "expected a point x y inside"),
 ]
@@ -359,8 +200,8 @@ def test_a_wrong_record_of_an_array_is_named_by_its_number(folder: Path) -> None
     file = write(folder / "data.json", LLAVA, changed(LLAVA, image=3))
     with pytest.raises(UserError, match=r"data\.json: record 2: expected the path"):
         read_records(file)
-    file.write_text('[{"id": 1},\n\n{"id": ]')
-    with pytest.raises(UserError, match=r"data\.json:3: malformed JSON"):
+    file.write_text(f'[{json.dumps(LLAVA)},\n\n{{"id": ]')
+    with pytest.raises(UserError, match=r"data\.json:3: malformed JSON: .* \(record 2\)"):
         read_records(file)
 
 
@@ -382,8 +223,12 @@ def test_an_image_path_may_be_absolute_inside_the_folder(folder: Path) -> None:
         ("none.json", None, "no such file or folder"),
         ("none", None, "no such file or folder"),
         ("x.txt", "[]", "expected a .json or .jsonl file, got .txt"),
-        ("x.json", "{}", "expected a JSON array of records, got dict"),
+        ("x.json", "{}", "expected a JSON array of records, got an object"),
+        ("x.json", "3", "expected a JSON array of records, got '3'"),
+        ("x.json", "", "expected at least one record, got an empty file"),
+        ("x.json", " \n", "expected at least one record, got an empty file"),
         ("x.json", "[]", "expected at least one record"),
+        ("x.jsonl", "", "expected at least one record, got none"),
         ("x.jsonl", "\n\n", "expected at least one record"),
         ("x.jsonl", b"\xff\xfe\x00", "expected UTF-8"),
         ("x.json", b"\xff\xfe\x00", "expected UTF-8"),
@@ -401,9 +246,57 @@ def test_files_that_are_no_records(
 
 
 def test_folders_that_are_no_data(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"expected llava\.json, one \.jsonl file, or captions"):
+    with pytest.raises(UserError, match=r"expected llava\.json, one \.jsonl file, .*COCO"):
         read_records(tmp_path)
     for name in ("a.jsonl", "b.jsonl"):
         (tmp_path / name).write_text("")
     with pytest.raises(UserError, match=r"holds 2 \.jsonl files"):
         read_records(tmp_path)
+
+
+# Written and read back ------------------------------------------------------------------------
+
+LETTERS = st.characters(exclude_categories=("Cs",))
+WORDS = st.text(LETTERS, min_size=1).filter(str.strip)
+COORDINATE = st.floats(0, 1e6) | st.integers(0, 10**6)
+
+
+@st.composite
+def records(draw: st.DrawFn) -> Record:
+    """Any record that a reader may give."""
+    turns = [Turn("user", draw(WORDS)), Turn("assistant", draw(WORDS))] * draw(st.integers(1, 3))
+    phrases = []
+    for _ in range(draw(st.integers(0, 3))):
+        turn = draw(st.integers(0, len(turns) - 1))
+        text = turns[turn].text
+        start = draw(st.integers(0, len(text) - 1))
+        end = draw(st.integers(start + 1, len(text)))
+        if text[start:end].strip() != text[start:end]:
+            continue
+        x, y, width, height = (draw(COORDINATE) for _ in range(4))
+        box = (x, y, x + width, y + height) if x + width > x and y + height > y else None
+        mask = draw(st.none() | st.just(rle_encode(np.eye(4, dtype=bool), compressed=False)))
+        point = draw(st.none() | st.just((x, y)))
+        phrases.append(Phrase(text[start:end], turn, start, end, box, point, mask))
+    name = draw(st.text(LETTERS.filter(lambda c: c != "\0"), min_size=1))
+    image = draw(st.sampled_from([Path("/a/b"), Path("a")])) / name
+    return Record(draw(st.text(LETTERS)), image, tuple(turns), tuple(phrases), draw(WORDS))
+
+
+@settings(deadline=None)
+@given(record=records())
+def test_a_record_is_read_back_as_it_was_written(record: Record) -> None:
+    line = to_json(record)
+    assert "\n" not in line
+    item = json.loads(line)
+    name = image_name(item, "x")
+    assert name is not None
+    back = parse_record(item, Path(name), "x", exact=True)
+    assert back == record
+    assert repr(back) == repr(record)  # 1 is not 1.0
+
+
+def test_a_text_about_image_tags_survives_the_way_to_disk_and_back() -> None:
+    turns = (Turn("user", " <image>\n What is <image>? "), Turn("assistant", "A tag."))
+    record = Record("1", Path("a.png"), turns)
+    assert parse_record(json.loads(to_json(record)), Path("a.png"), "x", exact=True) == record

@@ -44,46 +44,6 @@ def test_auroc_counts_a_tie_as_half(positive: list[int], negative: list[int], ex
     assert metrics.auroc(positive, negative) == pytest.approx(expected)
 
 
-def test_vocabulary_is_safe_for_words_plurals_and_punctuation():
-    nouns = metrics.NounVocabulary(
-        ["dog", "hot dog", "cat", "bus", "strawberry", "tomato", "glass", "glasses", "t-shirt"],
-        synonyms={"kitten": "cat"},
-    )
-    assert nouns.mentions("A dog, two hot dogs; the CAT's dog-house!") == ["dog", "hot dog", "cat"]
-    assert nouns.mentions("Buses and strawberries, tomatoes, tomatos, kittens.") == [
-        "bus",
-        "strawberry",
-        "tomato",
-        "tomato",
-        "cat",
-    ]
-    assert nouns.mentions("glasses, a glass and t-shirts") == ["glasses", "glass", "t-shirt"]
-    assert metrics.NounVocabulary(["fire", "fire truck"]).mentions("A fire truck on fire") == [
-        "fire truck",
-        "fire",
-    ]
-    assert nouns.mentions("concatenate dogma bust") == []
-    assert nouns.mentions("dog dog") == ["dog", "dog"]
-    assert nouns.mentions("") == []
-
-
-def test_irregular_plurals_of_any_vocabulary():
-    nouns = metrics.NounVocabulary(
-        ["snowman", "wolf", "wife", "tooth", "giraffe", "box", "person", "--"]
-    )
-    said = "snowmen wolves wives teeth giraffes boxes people wolf"
-    assert nouns.mentions(said) == [
-        "snowman",
-        "wolf",
-        "wife",
-        "tooth",
-        "giraffe",
-        "box",
-        "person",
-        "wolf",
-    ]
-
-
 def caption_scores(mentions: list[list[str]], truth: list[set[str]]) -> dict[str, float]:
     counts = [metrics.caption_counts(m, t) for m, t in zip(mentions, truth, strict=True)]
     ratios = metrics.caption_ratios(np.array(counts))

@@ -1,5 +1,6 @@
 """The store on disk: round trips, interruption at every moment, damage, mismatches."""
 
+import hashlib
 import json
 import os
 import signal
@@ -10,9 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import save
 
 from agevlm_mlx.errors import UserError
-from agevlm_mlx.sam import index, writer
+from agevlm_mlx.sam import index, tail, writer
 from agevlm_mlx.sam.store import Store, StoreMeta, StoreWriter, file_sha256, prompt_key
 
 META = StoreMeta(teacher="a" * 64, preprocessing="b" * 64, grid=(2, 3), feature_channels=4)
@@ -46,6 +49,25 @@ def features(store: Store, image_key: str) -> np.ndarray:
     read = store.features(image_key)
     assert read is not None
     return read
+
+
+def old_store(path: Path, numbers) -> None:
+    """The store of format version 1 of some images: everything stands in its index."""
+    fill(path, numbers)
+    (shard,) = path.glob("shard-*")
+    file = safe_open(shard, framework="numpy")
+    tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    entries = json.loads(tensors.pop("entries").tobytes())
+    data = save(tensors)
+    shard.write_bytes(data)
+    about = json.loads((path / index.INDEX).read_text())
+    images, row = {}, 0
+    for place, (key, sha256, text) in enumerate(entries):
+        images[key] = {"sha256": sha256, "shard": 0, "image": place, "row": row}
+        images[key]["prompts"] = text.split()
+        row += len(text.split())
+    about["shards"][0]["sha256"] = hashlib.sha256(data).hexdigest()
+    (path / index.INDEX).write_text(json.dumps({**about, "version": 1, "images": images}))
 
 
 def contents(path: Path) -> dict[str, bytes]:
@@ -169,29 +191,36 @@ def test_the_bytes_do_not_depend_on_when_the_writer_flushed(tmp_path):
     assert contents(tmp_path / "each") == contents(tmp_path / "once")
 
 
-@pytest.mark.parametrize("moment", [0, 1, 2, 3, 5, 8, 13])
+def every_write(monkeypatch, act) -> None:
+    """Call `act(write, *its arguments)` in the place of all that puts bytes or names on disk."""
+    replace, append = os.replace, tail.TailWriter.append
+    monkeypatch.setattr(os, "replace", lambda *names: act(replace, *names))
+    monkeypatch.setattr(tail.TailWriter, "append", lambda *rows: act(append, *rows))
+
+
+@pytest.mark.parametrize("moment", range(16))
 def test_a_writer_that_dies_at_any_write_leaves_a_store_that_continues(
     tmp_path, monkeypatch, moment
 ):
-    fill(tmp_path / "whole", range(20), shard_bytes=200)
-    real, calls = os.replace, []
+    fill(tmp_path / "whole", range(20), shard_bytes=1500)
+    calls = []
 
-    def dying(source, target):
-        calls.append(target)
+    def dying(write, *arguments):
+        calls.append(write)
         if len(calls) == moment + 1:
             raise RuntimeError("killed")
-        real(source, target)
+        write(*arguments)
 
     path = tmp_path / "broken"
-    store = StoreWriter(path, META, shard_bytes=200)
-    monkeypatch.setattr(os, "replace", dying)
+    store = StoreWriter(path, META, shard_bytes=1500)
+    every_write(monkeypatch, dying)
 
     def add_all():
         for number in range(20):
             store.add(**image(number))
-            if number % 7 == 6:
+            if number % 2:
                 store.flush()
-        store.flush()
+        store.close()
 
     with pytest.raises(RuntimeError, match="killed"):
         add_all()
@@ -200,10 +229,88 @@ def test_a_writer_that_dies_at_any_write_leaves_a_store_that_continues(
     if (path / index.INDEX).exists():
         reader = Store(path)
         reader.verify()
-        for key in reader:
+        assert list(reader) == [image(n)["image_key"] for n in range(len(reader))]
+        for number, key in enumerate(reader):
+            assert_labels(reader, number)
             assert len(features(reader, key)) == META.cells
-    fill(path, range(20), shard_bytes=200)
+    fill(path, range(20), shard_bytes=1500)
     assert contents(path) == contents(tmp_path / "whole")
+
+
+def assert_labels(store: Store, number: int) -> None:
+    """What the store holds of a made-up image is that image's."""
+    added = image(number)
+    for row, prompt in enumerate(added["prompts"]):
+        target = store.target(added["image_key"], prompt)
+        np.testing.assert_allclose(target, added["coverage"][row], atol=0.5 / 255 + 1e-6)
+        assert store.iou(added["image_key"], prompt) == pytest.approx(added["iou"][row], abs=1e-3)
+
+
+@pytest.mark.parametrize("cut", [0, 1, 7, 8, 20, 60, 100])
+def test_half_an_image_at_the_end_of_a_tail_is_cut_off(tmp_path, cut):
+    fill(tmp_path / "whole", range(9))
+    unfinished(tmp_path / "cut", 5, 3)
+    (path,) = (tmp_path / "cut").glob("tail-*")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size - cut])
+    store = Store(tmp_path / "cut")
+    assert len(store) == 8 - bool(cut)
+    assert_labels(store, 5)
+    fill(tmp_path / "cut", range(9))
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def test_a_flipped_bit_in_a_tail_costs_the_images_from_there_on(tmp_path):
+    fill(tmp_path / "whole", range(9))
+    unfinished(tmp_path / "bit", 5, 3)
+    (path,) = (tmp_path / "bit").glob("tail-*")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+    assert 5 <= len(Store(tmp_path / "bit")) < 8
+    fill(tmp_path / "bit", range(9))
+    assert contents(tmp_path / "bit") == contents(tmp_path / "whole")
+
+
+def test_an_images_length_beyond_the_file_takes_no_memory(tmp_path):
+    unfinished(tmp_path, 0, 3)
+    (path,) = tmp_path.glob("tail-*")
+    path.write_bytes(path.read_bytes() + b"\xff" * 12)
+    assert len(Store(tmp_path)) == 3
+
+
+def unfinished(path: Path, finished: int, more: int) -> None:
+    """A store as kill -9 leaves it: `finished` images in a shard and `more` in a tail."""
+    if finished:
+        fill(path, range(finished))
+    store = StoreWriter(path, META)
+    for number in range(finished, finished + more):
+        store.add(**image(number))
+    store.flush()
+    store._lock.close()
+
+
+def test_the_features_of_a_tail_count_in_the_mean(tmp_path):
+    unfinished(tmp_path / "killed", 4, 3)
+    fill(tmp_path / "whole", range(7))
+    killed, whole = Store(tmp_path / "killed"), Store(tmp_path / "whole")
+    np.testing.assert_array_equal(killed.feature_mean, whole.feature_mean)
+    assert killed.feature_scale == whole.feature_scale
+    for key in whole:
+        np.testing.assert_array_equal(features(killed, key), features(whole, key))
+
+
+def test_a_flush_writes_what_is_new_and_the_index_lists_shards_only(tmp_path, monkeypatch):
+    sizes = []
+    with StoreWriter(tmp_path, META, shard_bytes=2**20) as store:
+        for number in range(0, 400, 4):
+            store.add(**image(number))
+            store.flush()
+            sizes.append(sum(p.stat().st_size for p in tmp_path.iterdir()))
+            assert len(list(tmp_path.iterdir())) == 3  # the lock, the index, the tail
+        about = (tmp_path / index.INDEX).stat().st_size
+    steps = np.diff(sizes)
+    assert steps.min() == steps.max() < 300
+    assert (tmp_path / index.INDEX).stat().st_size < about + 300
 
 
 @pytest.mark.chaos
@@ -338,15 +445,16 @@ def rewrite(path: Path, change) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda d: d.update(version=2), "format version 1, got 2"),
+        (lambda d: d.update(version=3), "format version 2 or 1, got 3"),
         (lambda d: d.update(format="other"), "index of a SAM store"),
         (lambda d: d.pop("shards"), "damaged"),
         (lambda d: d["shards"][0].update(file="../../secret.safetensors"), "not the name of a"),
-        (lambda d: d["shards"][0].update(rows=1), "outside its shard"),
-        (lambda d: d["images"]["images/000003.png"].update(shard=7), "not listed"),
-        (lambda d: d["images"]["images/000003.png"].update(row=-1), "outside its shard"),
-        (lambda d: d["images"]["images/000003.png"].update(row="0"), "damaged"),
-        (lambda d: d["images"].update(x=3), "damaged"),
+        (lambda d: d["shards"][0].update(rows=1), "damaged"),
+        (lambda d: d["shards"][0].update(images=3), "damaged"),
+        (lambda d: d["shards"][0].update(images=-1), "negative"),
+        (lambda d: d["shards"][0].update(rows=6.0), "damaged"),
+        (lambda d: d["shards"][0].update(color=1), "damaged"),
+        (lambda d: d["shards"].append(d["shards"][0] | {"file": "shard-00001-1.safetensors"}), "d"),
         (lambda d: d["features"].update(sum=[0.0]), "feature sums"),
         (lambda d: d["meta"].update(grid=[2]), "grid"),
         (lambda d: d["meta"].update(color=1), "unknown key"),
@@ -359,35 +467,136 @@ def test_a_damaged_index_is_explained(tmp_path, change, says):
         Store(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "entries",
+    [
+        b"no JSON",
+        b"{}",
+        b'[["a", "b"]]',
+        b'[["a", "b", 3], ["a", "b", ""], ["a", "b", ""], ["a", "b", ""]]',
+        b"[" * 100_000,
+        json.dumps([[str(i), "b", ""] for i in range(4)]).encode(),
+    ],
+)
+def test_a_shard_with_wrong_entries_is_explained(tmp_path, entries):
+    fill(tmp_path, range(4))
+    (shard,) = tmp_path.glob("shard-*")
+    file = safe_open(shard, framework="numpy")
+    tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    tensors["entries"] = np.frombuffer(entries, np.uint8)
+    shard.write_bytes(save(tensors))
+    with pytest.raises(UserError, match=r"00000-4\.safetensors: damaged"):
+        Store(tmp_path)
+    del tensors["entries"]
+    shard.write_bytes(save(tensors))
+    with pytest.raises(UserError, match=r"00000-4\.safetensors: damaged"):
+        Store(tmp_path)
+
+
+def test_a_store_of_format_1_is_read_but_not_continued(tmp_path):
+    old_store(tmp_path / "old", range(6))
+    fill(tmp_path / "new", range(6))
+    old, new = Store(tmp_path / "old"), Store(tmp_path / "new")
+    old.verify()
+    assert list(old) == list(new)
+    for key in new:
+        assert old.prompts(key) == new.prompts(key)
+        for name, value in new.rows(key).items():
+            np.testing.assert_array_equal(old.rows(key)[name], value)
+        np.testing.assert_array_equal(features(old, key), features(new, key))
+    with pytest.raises(UserError, match=r"version 1, .*agevlm teach --merge .*old --out NEW"):
+        StoreWriter(tmp_path / "old", META)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda d: d["shards"][0].update(rows=1), "outside its shard"),
+        (lambda d: d["images"]["images/000003.png"].update(shard=7), "not listed"),
+        (lambda d: d["images"]["images/000003.png"].update(row=-1), "outside its shard"),
+        (lambda d: d["images"]["images/000003.png"].update(row="0"), "damaged"),
+        (lambda d: d["images"].update(x=3), "damaged"),
+        (lambda d: d["images"]["images/000003.png"].update(prompts=[3]), "damaged"),
+        (lambda d: d.pop("images"), "damaged"),
+    ],
+)
+def test_a_damaged_index_of_format_1_is_explained(tmp_path, change, says):
+    old_store(tmp_path, range(4))
+    rewrite(tmp_path, change)
+    with pytest.raises(UserError, match=says):
+        Store(tmp_path)
+
+
 def test_a_truncated_index_or_shard_is_explained(tmp_path):
     fill(tmp_path, range(4))
     (shard,) = tmp_path.glob("shard-*")
     shard.write_bytes(shard.read_bytes()[:100])
     with pytest.raises(UserError, match="damaged"):
-        Store(tmp_path).target(image(1)["image_key"], image(1)["prompts"][0])
+        Store(tmp_path)
     shard.unlink()
     with pytest.raises(UserError, match="damaged"):
-        Store(tmp_path).features(image(1)["image_key"])
+        Store(tmp_path)
+    with pytest.raises(UserError, match="damaged"):
+        StoreWriter(tmp_path, META)
     text = (tmp_path / index.INDEX).read_text()
     (tmp_path / index.INDEX).write_text(text[: len(text) // 2])
     with pytest.raises(UserError, match=r"index\.json:\d+: malformed"):
         Store(tmp_path)
 
 
-def test_a_full_disk_is_reported_and_what_was_finished_stays(tmp_path, monkeypatch):
-    fill(tmp_path, range(5))
-    before = contents(tmp_path)
+@pytest.mark.parametrize("partly", [0, 1, 50])
+def test_a_full_disk_is_reported_and_what_was_finished_stays(tmp_path, monkeypatch, partly):
+    fill(tmp_path / "whole", range(9))
+    fill(tmp_path / "store", range(5))
+    before = contents(tmp_path / "store")
+
+    class Full:
+        """The file of a tail on a disk with room for a few bytes more."""
+
+        def __init__(self, path):
+            self.file, self.room = path.open("ab", buffering=0), partly
+
+        def write(self, data):
+            if not self.room:
+                raise OSError(28, "No space left on device")
+            written = self.file.write(data[: self.room])
+            self.room -= written
+            return written
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    def opened(self, path, length):
+        self.path, self._length, self._file = path, length, Full(path)
+
+    monkeypatch.setattr(tail.TailWriter, "__init__", opened)
+    with pytest.raises(OSError, match=r"No space left on device: .*tail-00000-5"):
+        fill(tmp_path / "store", range(9))
+    monkeypatch.undo()
+    after = contents(tmp_path / "store")
+    assert after.pop("tail-00000-5.bin") == b""
+    assert after == before
+    fill(tmp_path / "store", range(9))
+    assert contents(tmp_path / "store") == contents(tmp_path / "whole")
+
+
+def test_a_disk_too_full_for_a_shard_keeps_the_tail(tmp_path, monkeypatch):
+    fill(tmp_path / "whole", range(9))
 
     def full(source, target):
         raise OSError(28, "No space left on device", str(target))
 
+    store = StoreWriter(tmp_path / "store", META)
+    store.flush()
+    for number in range(9):
+        store.add(**image(number))
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="No space left"):
-        fill(tmp_path, range(9))
+        store.close()
     monkeypatch.undo()
-    assert contents(tmp_path) == before
-    fill(tmp_path, range(9))
-    assert len(Store(tmp_path)) == 9
+    assert len(Store(tmp_path / "store")) == 9
+    fill(tmp_path / "store", range(9))
+    assert contents(tmp_path / "store") == contents(tmp_path / "whole")
 
 
 def test_a_long_job_is_on_disk_after_a_few_seconds_not_only_at_the_end(tmp_path, monkeypatch):

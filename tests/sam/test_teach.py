@@ -11,10 +11,12 @@ from PIL import Image
 
 from agevlm_mlx import teach
 from agevlm_mlx.data.image import Preprocessor
-from agevlm_mlx.data.records import Phrase, Record, Turn, read_records
+from agevlm_mlx.data.record_set import Records, read_records
+from agevlm_mlx.data.records import Phrase, Record, Turn
 from agevlm_mlx.errors import UserError
 from agevlm_mlx.sam import labelling
-from agevlm_mlx.sam.labelling import Job, Labeller, collect
+from agevlm_mlx.sam.jobs import Job, Jobs
+from agevlm_mlx.sam.labelling import Labeller
 from agevlm_mlx.sam.store import Store, file_sha256
 from agevlm_mlx.sam.targets import rle_encode
 
@@ -56,6 +58,10 @@ def phrase(**where) -> Phrase:
     return Phrase("dog", 0, 11, 14, **where)
 
 
+def jobs_of(root: Path, *records: Record, **options) -> Jobs:
+    return Jobs(Records.from_list(records, root), **options)
+
+
 def record(image: Path, *phrases: Phrase, name: str = "r") -> Record:
     turns = (Turn("user", "Is there a dog?"), Turn("assistant", "Yes"))
     return Record(name, image, turns, phrases)
@@ -82,9 +88,9 @@ def data(tmp_path: Path) -> Path:
 
 def run(data: Path, out: Path, teacher: FakeTeacher, *, features: bool = False, **options) -> int:
     preprocessor, grid = Preprocessor(image_size=32), (4, 4)
-    make = teach.MakeLabeller(None, None, None, preprocessor, grid, features)
+    make = teach.MakeLabeller(preprocessor=preprocessor, grid=grid, features=features)
     labeller = Labeller(teacher, preprocessor, grid, features)
-    jobs = collect(read_records(data), data, options.get("prompt", "box"))
+    jobs = Jobs(read_records(data), options.get("prompt", "box"), every_image=features)
     return teach.teach(jobs, make, out, labeller=labeller, **options)
 
 
@@ -185,14 +191,12 @@ def test_points_only_shows_sam_the_middle_and_keeps_the_key_of_the_box(data, tmp
 def test_prompts_come_from_boxes_then_points_and_a_ready_mask_needs_no_sam(tmp_path):
     mask = rle_encode(np.ones((4, 4), dtype=bool))
     image = tmp_path / "a.png"
-    (job,) = collect(
-        [
-            record(image, phrase(box=(0, 0, 2, 2), point=(1, 1)), phrase(point=(3, 3))),
-            record(image, phrase(box=(0, 0, 2, 2))),
-            record(image, phrase(box=(1, 1, 3, 3)), phrase(mask=mask)),
-            record(image, phrase(box=(1, 1, 3, 3), mask=mask)),
-        ],
+    (job,) = jobs_of(
         tmp_path,
+        record(image, phrase(box=(0, 0, 2, 2), point=(1, 1)), phrase(point=(3, 3))),
+        record(image, phrase(box=(0, 0, 2, 2))),
+        record(image, phrase(box=(1, 1, 3, 3)), phrase(mask=mask)),
+        record(image, phrase(box=(1, 1, 3, 3), mask=mask)),
     )
     assert job.prompts == {"box:0,0,2,2": (0, 0, 2, 2), "point:3,3": (3, 3)}
     assert job.ready == {"box:1,1,3,3": mask}
@@ -200,12 +204,12 @@ def test_prompts_come_from_boxes_then_points_and_a_ready_mask_needs_no_sam(tmp_p
 
 def test_a_phrase_with_nothing_to_show_sam_is_named(tmp_path):
     with pytest.raises(UserError, match="record r7: the phrase 'dog' has no box, point or mask"):
-        collect([record(tmp_path / "a.png", phrase(), name="r7")], tmp_path)
+        list(jobs_of(tmp_path, record(tmp_path / "a.png", phrase(point=(1, 1)), phrase(), name="r7")))
 
 
 def test_an_image_outside_the_data_folder_is_named(tmp_path):
     with pytest.raises(UserError, match="inside the data folder"):
-        collect([record(Path("/elsewhere/a.png"), phrase(point=(1, 1)))], tmp_path)
+        list(jobs_of(tmp_path, record(Path("/elsewhere/a.png"), phrase(point=(1, 1)))))
 
 
 def ask(job: Job) -> labelling.Labelled:
@@ -255,33 +259,6 @@ def test_a_folder_can_be_verified_and_damage_is_found(data, tmp_path, capsys):
     assert "images/4.png: changed" in capsys.readouterr().err
 
 
-def test_parts_made_apart_merge_into_the_same_labels(data, tmp_path, capsys):
-    run(data, tmp_path / "whole", FakeTeacher(), features=True)
-    jobs = collect(read_records(data), data)
-    preprocessor = Preprocessor(image_size=32)
-    make = teach.MakeLabeller(None, None, None, preprocessor, (4, 4), True)
-    for k in range(2):
-        labeller = Labeller(FakeTeacher(), preprocessor, (4, 4), True)
-        teach.teach(jobs[k::2], make, tmp_path / f"part{k}", labeller=labeller)
-    parts = [str(tmp_path / "part0"), str(tmp_path / "part1")]
-    assert teach.main(["--merge", *parts, "--out", str(tmp_path / "merged")]) == 0
-    whole, merged = Store(tmp_path / "whole"), Store(tmp_path / "merged")
-    assert set(whole) == set(merged)
-    for key in whole:
-        for prompt in whole.prompts(key):
-            assert np.array_equal(whole.target(key, prompt), merged.target(key, prompt))
-        one, other = whole.features(key), merged.features(key)
-        assert one is not None
-        assert other is not None
-        np.testing.assert_allclose(one, other, atol=1e-6)
-    run(data, tmp_path / "other", FakeTeacher(fingerprint="1" * 64), features=True)
-    capsys.readouterr()
-    misfit = ["--merge", parts[0], str(tmp_path / "other"), "--out", str(tmp_path / "no")]
-    assert teach.main(misfit) == 2
-    assert "cannot be merged" in capsys.readouterr().err
-    assert not (tmp_path / "no").exists()
-
-
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -302,7 +279,7 @@ def test_what_cannot_work_is_one_line_and_exit_2(data, tmp_path, capsys, argumen
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--grid", "8"], ["--part", "3/2"], ["--limit", "0"], ["--prompt", "text"], []],
+    [["--grid", "8"], ["--shard", "3/2"], ["--shard", "all"], ["--limit", "0"], ["--prompt", "text"], []],
 )
 def test_flags_that_make_no_sense_say_so(data, tmp_path, capsys, arguments):
     with pytest.raises(SystemExit) as caught:
@@ -333,11 +310,11 @@ def test_without_torch_the_extra_is_named(data, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "s").exists()
 
 
-def test_limit_and_parts_choose_images(data, tmp_path, capsys, monkeypatch):
+def test_limit_and_shards_choose_images(data, tmp_path, capsys, monkeypatch):
     chosen = []
     monkeypatch.setattr(teach, "teach", lambda jobs, *_, **__: chosen.append(jobs) or 0)
     base = ["--data", str(data), "--out", str(tmp_path / "s")]
-    for extra in (["--limit", "3"], ["--part", "1/3"], ["--part", "3/3"]):
+    for extra in (["--limit", "3"], ["--shard", "1/3"], ["--shard", "3/3"]):
         assert teach.main([*base, *extra]) == 0
     assert [[job.key for job in jobs] for jobs in chosen] == [
         ["images/0.png", "images/1.png", "images/2.png"],
@@ -346,13 +323,3 @@ def test_limit_and_parts_choose_images(data, tmp_path, capsys, monkeypatch):
     ]
 
 
-def test_progress_on_a_pipe_is_a_line_every_ten_seconds(capsys, monkeypatch):
-    clock = iter([100.0, 104.0, 111.0, 112.0, 113.0])
-    monkeypatch.setattr(teach.time, "monotonic", lambda: next(clock))
-    progress = teach.Progress(23)
-    for done in (1, 5, 12, 13, 23):
-        progress.show(done)
-    assert capsys.readouterr().err.splitlines() == [
-        "images 12/23  1.0/s  11 s left",
-        "images 23/23  1.7/s",
-    ]

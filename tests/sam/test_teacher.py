@@ -16,13 +16,14 @@ from agevlm_mlx.data.image import Preprocessor
 from agevlm_mlx.data.painting import make_scene
 from agevlm_mlx.data.scenes import write_scenes
 from agevlm_mlx.errors import UserError
+from agevlm_mlx.sam.architecture import EMBEDDED, META, Architecture
 from agevlm_mlx.sam.store import Store
 from agevlm_mlx.sam.targets import mask_iou
 
 torch = pytest.importorskip("torch")
 
-from agevlm_mlx.sam import teacher as sam_teacher  # noqa: E402
-from agevlm_mlx.sam.teacher import META, Architecture, Teacher, build, decode  # noqa: E402
+
+from agevlm_mlx.sam.teacher import Teacher, build, decode  # noqa: E402
 from agevlm_mlx.sam.torchvision_ops import nms  # noqa: E402
 
 pytestmark = pytest.mark.e2e
@@ -212,7 +213,7 @@ def test_a_device_that_is_not_there_is_explained():
 
 
 def test_the_embedded_teacher_is_small_and_segments_nouns_it_never_saw():
-    folder = sam_teacher.EMBEDDED
+    folder = EMBEDDED
     assert sum(p.stat().st_size for p in folder.iterdir()) <= 3_000_000
     about = json.loads((folder / "config.json").read_text())
     assert about["made_by"]["script"] == "scripts/train_teacher.py"

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from agevlm_mlx.benchmarks import chair, coco_nouns
+from agevlm_mlx.benchmarks import chair
 from agevlm_mlx.benchmarks.coco_tables import read_table
+from agevlm_mlx.data import coco_nouns
 from agevlm_mlx.errors import UserError
 from agevlm_mlx.evaluation.benchmark import Given, Item, Scores
 from agevlm_mlx.evaluation.scoring import as_item

@@ -21,10 +21,10 @@ from PIL import Image
 from agevlm_mlx.benchmarks import refcoco
 from agevlm_mlx.benchmarks.coco_tables import read_table
 from agevlm_mlx.data.image import Preprocessor
+from agevlm_mlx.data.pickled import read_pickle
 from agevlm_mlx.errors import UserError
 from agevlm_mlx.evaluation import pointing
 from agevlm_mlx.evaluation.benchmark import Given, Item, Scores
-from agevlm_mlx.evaluation.pickled import read_pickle
 from agevlm_mlx.evaluation.source import Source
 from agevlm_mlx.sam.targets import rle_encode
 

@@ -15,8 +15,9 @@ import pytest
 from agevlm_mlx.benchmarks.scenes import BENCHMARK
 from agevlm_mlx.data import scenes as drawing
 from agevlm_mlx.data.image import Preprocessor
+from agevlm_mlx.data.noun_vocabulary import NounVocabulary
 from agevlm_mlx.errors import UserError
-from agevlm_mlx.evaluation import metrics, scoring
+from agevlm_mlx.evaluation import scoring
 from agevlm_mlx.evaluation.answers import AnswerFile, Row
 from agevlm_mlx.evaluation.benchmark import Given, Item, Scores
 from agevlm_mlx.evaluation.respondent import Looked, Request
@@ -204,7 +205,7 @@ def numbers(rows: Sequence[Row]) -> dict[str, Scores]:
 
 
 def asked_noun(folder: SceneFolder, question: str) -> str:
-    return metrics.NounVocabulary(list(folder.themes)).mentions(question)[0]
+    return NounVocabulary(list(folder.themes)).mentions(question)[0]
 
 
 def oracle(folder: SceneFolder) -> Says:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ from agevlm_mlx import config
 from agevlm_mlx.config import ModelConfig
 from agevlm_mlx.data.batches import Batch, TextGroup
 from agevlm_mlx.data.image import Preprocessor
-from agevlm_mlx.data.records import read_records
+from agevlm_mlx.data.record_set import read_records
 from agevlm_mlx.data.scenes import write_scenes
 from agevlm_mlx.models.agevlm import AgeVLM
 from agevlm_mlx.sam.store import StoreMeta, StoreWriter, file_sha256, prompt_key
-from agevlm_mlx.training.stages import Recipe, Stage
+from agevlm_mlx.training.stages import Recipe, Stage, compute_dtype
 
 
 @pytest.fixture(autouse=True)
@@ -58,12 +58,43 @@ def noise_batch(step: int, images: int, groups: int, channels: int = 0) -> Batch
     )
 
 
+def cut(batch: Batch, part: int, parts: int) -> Batch:
+    """The images of one part, with the guided rows that are theirs."""
+    images = len(batch.pixels)
+    low, high = images * part // parts, images * (part + 1) // parts
+
+    def group(whole: TextGroup) -> TextGroup:
+        owner = whole.rows // 2
+        own = (owner >= low) & (owner < high)
+        return TextGroup(
+            ids=whole.ids[low:high],
+            labels=whole.labels[low:high],
+            loss_mask=whole.loss_mask[low:high],
+            rows=np.where(own, whole.rows - 2 * low, 0),
+            cols=whole.cols,
+            target=whole.target,
+            weight=whole.weight * own,
+        )
+
+    features = batch.sam_features
+    return Batch(
+        pixels=batch.pixels[low:high],
+        groups=tuple(group(whole) for whole in batch.groups),
+        sam_features=None if features is None else features[low:high],
+        record_ids=batch.record_ids[low:high],
+        step=batch.step,
+    )
+
+
 class NoiseBatches:
     def __init__(self, stage: Stage):
         self.stage = stage
 
-    def batch(self, step: int) -> Batch:
-        return noise_batch(step, self.stage.batch_size, len(self.stage.texts))
+    def part(self, step: int, part: int, parts: int) -> Batch:
+        return cut(noise_batch(step, self.stage.batch_size, len(self.stage.texts)), part, parts)
+
+    def take_problems(self) -> list[Any]:
+        return []
 
 
 @dataclass
@@ -73,6 +104,7 @@ class NoiseJob:
     recipe: Recipe
     model: AgeVLM
     val_records: bool = True
+    problems: list[Any] = field(default_factory=list)
 
     def batches(self, stage: Stage) -> Any:
         return NoiseBatches(stage)
@@ -121,6 +153,7 @@ def noise_job(tiny_model_config: Callable[..., ModelConfig]) -> Callable[..., An
         mx.random.seed(recipe.train.seed)
         layers = (1, 2) if fusion == "cross" else None
         model = AgeVLM(tiny_model_config(VOCABULARY, fusion=fusion, layers=layers))
+        model.set_dtype(compute_dtype(recipe.train))
         mx.eval(model.parameters())
         return NoiseJob(recipe, model)
 

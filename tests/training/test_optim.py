@@ -1,12 +1,16 @@
-"""AdamW against its formula in float64, schedules, clipping."""
+"""AdamW against its formula in float64, both optimisers against MLX's, schedules, clipping."""
+
+from dataclasses import replace
+from pathlib import Path
 
 import mlx.core as mx
+import mlx.optimizers
 import numpy as np
 import pytest
 
 from agevlm_mlx.data.batches import GroupSpec
 from agevlm_mlx.training import optim
-from agevlm_mlx.training.stages import Stage
+from agevlm_mlx.training.stages import Stage, TrainSpec
 
 
 def stage(**changes) -> Stage:
@@ -67,6 +71,98 @@ def test_half_precision_parameters_keep_their_type_and_fp32_moments():
     assert adamw.state["w/m"].dtype == adamw.state["w/v"].dtype == mx.float32
 
 
+def mlx_steps(optimizer, start, grads):
+    params = {k: mx.array(v) for k, v in start.items()}
+    for g in grads:
+        params = optimizer.apply_gradients({k: mx.array(v) for k, v in g.items()}, params)
+    return params
+
+
+def our_steps(optimizer, start, grads, lr):
+    params, ones = {k: mx.array(v) for k, v in start.items()}, dict.fromkeys(start, 1.0)
+    for g in grads:
+        params = optimizer.update(params, {k: mx.array(v) for k, v in g.items()}, lr, ones)
+    return params
+
+
+def random_steps(shapes, steps=4):
+    rng = np.random.default_rng(1)
+    draw = lambda: {k: rng.normal(size=s).astype(np.float32) for k, s in shapes.items()}  # noqa: E731
+    return draw(), [draw() for _ in range(steps)]
+
+
+def test_adamw_is_mlx_s_with_its_bias_correction():
+    start, grads = random_steps({"a.weight": (6, 4), "b.weight": (2, 3, 3, 4)})
+    theirs = mlx.optimizers.AdamW(0.01, [0.9, 0.98], weight_decay=0.1, bias_correction=True)
+    ours = our_steps(optim.AdamW((0.9, 0.98), 0.1), start, grads, 0.01)
+    for name, value in mlx_steps(theirs, start, grads).items():
+        np.testing.assert_allclose(np.array(ours[name]), np.array(value), atol=1e-6)
+
+
+def test_muon_is_mlx_s_on_matrices_of_layers_and_adamw_elsewhere():
+    matrices = {
+        "layers.0.tall.weight": (12, 5),
+        "layers.0.wide.weight": (5, 12),
+        "stem.conv.weight": (4, 3, 3, 6),
+    }
+    others = {
+        "model.embed_tokens.weight": (9, 4),
+        "lm_head.weight": (9, 4),
+        "layers.0.norm.weight": (4,),
+        "layers.0.q_proj.lora_a": (4, 2),
+        "layers.0.cross_attn.null_key": (2, 4),
+        "layers.0.experts.up_proj.weight": (2, 5, 4),
+    }
+    start, grads = random_steps(matrices | others)
+    muon = optim.Muon((0.9, 0.98))
+    ours = our_steps(muon, start, grads, 0.02)
+    for kind, names in (
+        (mlx.optimizers.Muon(0.02, momentum=0.95, weight_decay=0.0), matrices),
+        (mlx.optimizers.AdamW(0.02, [0.9, 0.98], weight_decay=0, bias_correction=True), others),
+    ):
+        some = [{k: g[k] for k in names} for g in grads]
+        for name, value in mlx_steps(kind, {k: start[k] for k in names}, some).items():
+            np.testing.assert_allclose(np.array(ours[name]), np.array(value), atol=1e-6)
+    wanted = {f"{name}/m" for name in matrices}
+    assert set(muon.state) == wanted | {f"{name}/{key}" for name in others for key in "mvt"}
+    muon.keep_only(["layers.0.tall.weight", "lm_head.weight"])
+    assert set(muon.state) == {
+        "layers.0.tall.weight/m", *(f"lm_head.weight/{key}" for key in "mvt")
+    }  # fmt: skip
+
+
+def test_muon_turns_an_uneven_gradient_into_a_nearly_orthogonal_step_and_decays_apart_from_it():
+    gradient = mx.random.normal((40, 10)) * mx.array([0.1] * 5 + [10.0] * 5)
+    zeros = {"a.weight": mx.zeros((40, 10))}
+    step = optim.Muon().update(zeros, {"a.weight": gradient}, 1.0, {"a.weight": 0.5})["a.weight"]
+    sizes = np.linalg.svd(np.array(step), compute_uv=False)
+    assert 0.5 * 2 * 0.5 < sizes.min() < sizes.max() < 0.5 * 2 * 1.3  # scale, sqrt(40 / 10)
+    ones = {"a.weight": mx.ones((40, 10))}
+    plain = optim.Muon().update(ones, {"a.weight": gradient}, 0.1, {"a.weight": 1.0})
+    decayed = optim.Muon(weight_decay=0.5).update(
+        ones, {"a.weight": gradient}, 0.1, {"a.weight": 1.0}
+    )
+    difference = np.array(plain["a.weight"] - decayed["a.weight"])
+    # Of 0.1 x sqrt(40 / 10) x 0.5 x 1.
+    np.testing.assert_allclose(difference, 0.1, rtol=1e-5)
+
+
+def test_a_recipe_names_its_optimizer():
+    spec = TrainSpec(out=Path("-"), betas=(0.8, 0.9), weight_decay=0.3)
+    made = optim.make_optimizer(spec)
+    assert type(made) is optim.AdamW
+    assert (made.betas, made.weight_decay) == ((0.8, 0.9), 0.3)
+    assert type(optim.make_optimizer(replace(spec, optimizer="muon"))) is optim.Muon
+
+
+@pytest.mark.parametrize("kind", [optim.AdamW, optim.Muon])
+def test_an_update_is_the_same_with_a_learning_rate_that_is_an_array(kind):
+    start, grads = random_steps({"a.weight": (6, 4), "b": (3,)}, 2)
+    plain, traced = (our_steps(kind(), start, grads, lr) for lr in (0.01, mx.array(0.01)))
+    for name, value in plain.items():
+        np.testing.assert_allclose(np.array(traced[name]), np.array(value), atol=1e-7)
+
+
 def test_schedule_warms_up_and_ends_where_the_next_stage_goes_on():
     cosine = stage(warmup=4, lr_end=0.02)
     rates = [optim.learning_rate(cosine, step) for step in range(10)]
@@ -77,6 +173,17 @@ def test_schedule_warms_up_and_ends_where_the_next_stage_goes_on():
     assert optim.learning_rate(cosine, 10) == pytest.approx(0.02)
     constant = stage(schedule="constant", warmup=2)
     assert [optim.learning_rate(constant, s) for s in (0, 1, 5, 9)] == [0.05, 0.1, 0.1, 0.1]
+
+
+def test_wsd_stays_and_then_goes_to_its_end_where_the_next_stage_goes_on():
+    wsd = stage(schedule="wsd", steps=20, warmup=4, decay=0.25, lr_end=0.02)
+    rates = [optim.learning_rate(wsd, step) for step in range(20)]
+    assert rates[3:16] == [0.1] * 13
+    assert rates[16:] == pytest.approx([0.02 + 0.08 * (1 - (i / 5) ** 0.5) for i in range(1, 5)])
+    assert optim.learning_rate(wsd, 20) == 0.02
+    # A decay that would begin within the warm-up begins after it.
+    short = stage(schedule="wsd", steps=6, warmup=4, decay=1.0)
+    assert [optim.learning_rate(short, s) for s in (3, 4, 6)] == [0.1, 0.1, 0.0]
 
 
 def test_clip_limits_the_global_norm_and_keeps_the_direction():

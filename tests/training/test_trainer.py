@@ -2,9 +2,12 @@
 
 import errno
 import io
+import itertools
 import json
 import os
+import re
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +15,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from agevlm_mlx.data.records import Problem
 from agevlm_mlx.errors import UserError
 from agevlm_mlx.training import checkpoint, objective
 from agevlm_mlx.training.log import Metrics, read_metrics
 from agevlm_mlx.training.losses import attention_loss, lm_loss
+from agevlm_mlx.training.ranks import Ranks
 from agevlm_mlx.training.rules import named_parameters, trainable_names
 from agevlm_mlx.training.stages import Losses
 from agevlm_mlx.training.trainer import Trainer
@@ -43,16 +48,27 @@ def train(job: Any, run: Path) -> Trainer:
 
 
 def same(a: Any, b: Any) -> bool:
-    a, b = named_parameters(a.model), named_parameters(b.model)
+    return same_arrays(named_parameters(a.model), named_parameters(b.model))
+
+
+def same_arrays(a: dict[str, mx.array], b: dict[str, mx.array]) -> bool:
     return a.keys() == b.keys() and all(mx.array_equal(a[k], b[k]).item() for k in a)
 
 
 # Before the first checkpoint, between two, at the end of a stage that has no checkpoint.
-@pytest.mark.parametrize(("fusion", "kills"), [("cross", (2, 11)), ("concat", (5,))])
+@pytest.mark.parametrize(
+    ("fusion", "kills", "changes"),
+    [
+        ("cross", (2, 11), ()),
+        ("concat", (5,), ()),
+        ("cross", (5, 7), ("train.ema=0.9", "train.optimizer=muon", "train.micro_batch=1")),
+        ("cross", (5, 10), ("train.dtype=bfloat16", "train.ema=0.9")),
+    ],
+)
 def test_interrupted_at_any_step_equals_undisturbed(
-    tmp_path: Path, noise_job, fusion: str, kills: tuple[int, ...]
+    tmp_path: Path, noise_job, fusion: str, kills: tuple[int, ...], changes: tuple[str, ...]
 ):
-    whole = train(noise_job(fusion=fusion), tmp_path / "whole")
+    whole = train(noise_job(*changes, fusion=fusion), tmp_path / "whole")
     assert whole.step == 12
 
     class Killed(Exception):
@@ -60,26 +76,30 @@ def test_interrupted_at_any_step_equals_undisturbed(
 
     for last in kills:
         run = tmp_path / f"killed-{last}"
-        job = noise_job(fusion=fusion)
+        job = noise_job(*changes, fusion=fusion)
         batches = job.batches
 
         def dying(stage: Any, batches=batches, last=last) -> Any:
             source = batches(stage)
-            batch = source.batch
+            part = source.part
 
-            def until(step: int) -> Any:
+            def until(step: int, *which: int) -> Any:
                 if step == last:
                     raise Killed
-                return batch(step)
+                return part(step, *which)
 
-            source.batch = until
+            source.part = until
             return source
 
         job.batches = dying
         with pytest.raises(Killed):
             train(job, run)
-        resumed = train(noise_job(fusion=fusion), run)
+        resumed = train(noise_job(*changes, fusion=fusion), run)
         assert same(resumed, whole), f"killed at {last}"
+        assert same_arrays(resumed.masters, whole.masters)
+        if whole.average:
+            assert whole.average.state
+            assert same_arrays(resumed.average.state, whole.average.state)
         assert rows(run) == rows(tmp_path / "whole")
 
 
@@ -99,6 +119,137 @@ def test_only_what_a_stage_trains_moves(tmp_path: Path, noise_job):
         moved = {k for k, v in state.items() if not np.array_equal(v, before[k])}
         assert moved == moments == set(trainable_names(job.model, stage))
         before = state
+
+
+@pytest.mark.parametrize("fusion", ["cross", "concat"])
+def test_a_batch_in_parts_makes_the_same_steps(tmp_path: Path, noise_job, fusion: str):
+    changes = ("stages.0.batch_size=5", "stages.1.batch_size=5", "stages.1.lr=1e-3")
+    whole = train(noise_job(*changes, fusion=fusion), tmp_path / "whole")
+    parts = train(noise_job(*changes, "train.micro_batch=2", fusion=fusion), tmp_path / "parts")
+    a, b = named_parameters(whole.model), named_parameters(parts.model)
+    gap = max(mx.abs(a[name] - b[name]).max().item() for name in a)
+    assert 0 < gap < 1e-4  # Adam divides by the gradient, so rounding is seen
+    for one, other in zip(rows(tmp_path / "whole"), rows(tmp_path / "parts"), strict=True):
+        assert one.keys() == other.keys()
+        assert [other[k] for k in ("loss", "norm") if k in other] == pytest.approx(
+            [one[k] for k in ("loss", "norm") if k in one], rel=1e-3
+        )
+
+
+def test_parts_of_a_batch_cover_it_once(noise_job, tmp_path: Path):
+    for images, size, most in itertools.product((2, 5, 16), (1, 2), (None, 1, 3)):
+        job = noise_job(f"stages.0.batch_size={images}")
+        spec = replace(job.recipe.train, micro_batch=most)
+        job.recipe = replace(job.recipe, train=spec)
+        trainer = Trainer(job, tmp_path)
+        covered: list[int] = []
+        for rank in range(size):
+            trainer.ranks = Ranks()
+            trainer.ranks.rank, trainer.ranks.size = rank, size
+            parts, count = trainer._parts(job.recipe.stages[0])
+            assert parts
+            for part in parts:
+                slots = range(images * part // count, images * (part + 1) // count)
+                assert 0 < len(slots) <= (most or images)
+                covered += slots
+        assert covered == list(range(images))
+
+
+def test_more_processes_than_images_is_an_error(noise_job, tmp_path: Path):
+    trainer = Trainer(noise_job(), tmp_path)
+    trainer.ranks.size = 3
+    with pytest.raises(UserError, match="batch_size of at least 3"):
+        trainer._parts(trainer.recipe.stages[0])
+
+
+def test_small_updates_add_up_in_the_masters(noise_job, tmp_path: Path):
+    # A step of 1e-5 is below what bfloat16 can add to a weight of 1.
+    changes = ("train.dtype=bfloat16", "train.clip=1e-3", "stages.0.lr=1e-5", "stages.0.warmup=0")
+    trainer = train(noise_job(*changes, "stages.1.steps=1"), tmp_path)
+    name = "language_model.model.norm.weight"
+    assert trainer.model.language_model.model.norm.weight.dtype == mx.bfloat16
+    assert trainer.masters[name].dtype == mx.float32
+    moved = mx.abs(trainer.masters[name] - 1).max().item()
+    assert moved > 2e-5
+
+
+def test_validation_and_the_finished_model_are_of_the_running_mean(
+    noise_job, tmp_path: Path, monkeypatch
+):
+    seen = []
+
+    def watching(model: Any, *args: Any) -> Any:
+        seen.append({k: np.array(v) for k, v in named_parameters(model).items()})
+        return objective.validate(model, *args)
+
+    monkeypatch.setattr("agevlm_mlx.training.trainer.validate", watching)
+    trainer = train(noise_job("train.ema=0.9"), tmp_path)
+    last = {k: np.array(v) for k, v in named_parameters(trainer.model).items()}
+    mean = trainer.average.averaged(named_parameters(trainer.model))
+    assert any(not np.array_equal(seen[-1][k], last[k]) for k in last)
+    assert all(np.array_equal(seen[-1][k], np.array(mean[k])) for k in last)
+    trainer.finish()
+    assert all(
+        np.array_equal(np.array(v), seen[-1][k]) for k, v in named_parameters(trainer.model).items()
+    )
+
+
+def test_the_run_ends_when_validation_no_longer_improves(noise_job, tmp_path: Path, monkeypatch):
+    values = iter([5.0, 4.0, 6.0, 6.0, 6.0])  # after steps 3, 6, 9, ...
+    monkeypatch.setattr(
+        "agevlm_mlx.training.trainer.validate",
+        lambda *_: {"val_lm": next(values), "val_pointing": None},
+    )
+    changes = ("train.patience=2", "stages.1.steps=30", "train.export=best")
+    trainer = train(noise_job(*changes), tmp_path)
+    assert trainer.finished
+    assert (trainer.step, trainer.best) == (12, {"step": 6, "val_lm": 4.0})
+    again = train(noise_job(*changes), tmp_path)  # a finished run stays finished
+    assert again.step == 12
+
+
+def test_observers_hear_of_every_row_and_look_at_their_time(noise_job, tmp_path: Path):
+    class Watch:
+        def __init__(self):
+            self.rows, self.looks, self.closed = [], [], 0
+
+        def row(self, row: Any) -> None:
+            self.rows.append(row)
+
+        def look(self, step: int, model: Any) -> None:
+            self.looks.append(step)
+
+        def close(self) -> None:
+            self.closed += 1
+
+    watch = Watch()
+    job = noise_job("train.pictures_every=5")
+    Trainer(job, tmp_path, observers=[watch], stream=io.StringIO()).train()
+    assert watch.looks == [0, 5, 10, 12]
+    assert watch.closed == 1
+    assert [row["step"] for row in watch.rows] == [
+        row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")
+    ]
+
+
+def test_bad_images_met_on_the_way_are_listed(noise_job, tmp_path: Path):
+    job = noise_job()
+    batches = job.batches
+
+    def broken(stage: Any) -> Any:
+        source = batches(stage)
+        found = [[Problem("a.png", "damaged or truncated image", "r1")]]
+        source.take_problems = lambda: found.pop() if found else []
+        return source
+
+    job.batches = broken
+    train(job, tmp_path)
+    listed = [
+        json.loads(line) for line in (tmp_path / "bad_records.jsonl").read_text().splitlines()
+    ]
+    assert (
+        listed == [{"where": "a.png", "problem": "damaged or truncated image", "record": "r1"}] * 2
+    )
 
 
 def test_metrics_have_the_parts_of_each_stage_and_the_loss_is_their_sum(tmp_path: Path, noise_job):
@@ -122,8 +273,15 @@ def test_guidance_moves_attention_into_the_mask(noise_job, tmp_path: Path):
         "stages.0.losses.attention.weight=1",
         "train.val_every=100",
     )
-    batch = noise_batch(0, 2, 2)
-    job.batches = lambda stage: type("Same", (), {"batch": staticmethod(lambda step: batch)})()
+    batches = job.batches
+
+    def same(stage: Any) -> Any:
+        source = batches(stage)
+        part = source.part
+        source.part = lambda step, *which: part(0, *which)
+        return source
+
+    job.batches = same
     train(job, tmp_path)
     curve = [row["attention"] for row in rows(tmp_path)[:15]]
     assert curve[-1] < 0.5 * curve[0]
@@ -220,15 +378,15 @@ def poison(job: Any, at: set[int]) -> None:
 
     def bad(stage: Any) -> Any:
         source = batches(stage)
-        batch = source.batch
+        part = source.part
 
-        def maybe(step: int) -> Any:
-            result = batch(step)
+        def maybe(step: int, *which: int) -> Any:
+            result = part(step, *which)
             if step in at:
                 result.pixels[0, 0, 0, 0] = np.nan
             return result
 
-        source.batch = maybe
+        source.part = maybe
         return source
 
     job.batches = bad
@@ -243,8 +401,10 @@ def test_a_loss_that_is_not_finite_names_step_stage_and_records(tmp_path: Path, 
     assert "step 7, stage 'guide': expected a finite loss, got nan" in message
     assert "record-6-0, record-6-1" in message
     assert "\n" not in message
+    assert re.search(r"largest: \S+ [\d.e-]+", message) or "largest: none" in message
     saved = checkpoint.load(tmp_path)
     assert saved is not None
+    assert saved.step == 6
     assert all(mx.isfinite(v).all().item() for v in saved.model.values())
     assert [row["step"] for row in rows(tmp_path) if "lm" in row] == list(range(1, 7))
 
@@ -297,14 +457,14 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path: Path, noise_job, number:
 
     def signalling(stage: Any) -> Any:
         source = batches(stage)
-        batch = source.batch
+        part = source.part
 
-        def send(step: int) -> Any:
+        def send(step: int, *which: int) -> Any:
             if step == 6:
                 os.kill(os.getpid(), number)
-            return batch(step)
+            return part(step, *which)
 
-        source.batch = send
+        source.part = send
         return source
 
     job.batches = signalling

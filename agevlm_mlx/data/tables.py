@@ -1,7 +1,6 @@
 """Tables of untrusted files as rows: JSON arrays and lines, TSV, CSV, parquet, Arrow.
 
 A reader goes on after a malformed row where it can; nothing here raises for what a file holds.
-Parquet and Arrow are read a few rows at a time: their rows hold whole images.
 """
 
 import csv
@@ -11,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, one_line
+from .columnar import Damaged, arrow_rows, parquet_rows
 
 #: A row, or what is wrong with it, after what tells it from the others: its first line ("7 row 3"
 #: for the third one of an array, where another begins on line 7), or in parquet its place.
 Numbered = tuple["int | str", "dict[str, Any] | str"]
 #: Characters of one field: base64 images are megabytes, csv's own limit is 131072.
 MAX_FIELD = 1 << 28
-#: Rows of parquet and Arrow in memory at a time.
-_BATCH = 16
 _REST = "the rest of the file is left out"
 
 
@@ -182,62 +180,15 @@ def _csv(path: Path) -> Iterator[Numbered]:
 # --- parquet and Arrow -----------------------------------------------------------------------
 
 
-def _parquet(path: Path) -> Iterator[Numbered]:
-    _pyarrow(path)
-    from pyarrow import parquet
-
-    def batches() -> Iterator[Any]:
-        # As pyarrow would have it, the whole file is read before the first row.
-        with parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
-            yield from file.iter_batches(batch_size=_BATCH)
-
-    yield from _batches(path, batches)
-
-
-def _arrow(path: Path) -> Iterator[Numbered]:
-    """A file of ``datasets``, as ``save_to_disk`` writes it: an Arrow stream."""
-    pyarrow = _pyarrow(path)
-    from pyarrow import ipc
-
-    def batches() -> Iterator[Any]:
-        with pyarrow.memory_map(str(path)) as file, ipc.open_stream(file) as stream:
-            yield from stream
-
-    yield from _batches(path, batches)
-
-
-def _batches(path: Path, batches: Callable[[], Iterator[Any]]) -> Iterator[Numbered]:
-    number, kind = 0, path.suffix[1:]
+def _columnar(path: Path) -> Iterator[Numbered]:
+    number = 0
+    read = arrow_rows if path.suffix.lower() == ".arrow" else parquet_rows
     try:
-        for batch in batches():
-            for at in range(batch.num_rows):
-                number += 1
-                try:
-                    one = batch.slice(at, 1)
-                    one.validate(full=True)  # or damaged offsets lead out of the memory
-                    row = one.to_pylist()[0]
-                except (ValueError, OverflowError) as error:  # text that is no UTF-8, odd dates
-                    row = f"cannot be read: {one_line(error)}"
-                yield number, row
-    except Exception as error:  # on damaged data Arrow raises OSError, ValueError and its own
-        if isinstance(error, UserError):
-            raise
-        with path.open("rb") as file:
-            pointer = file.read(40).startswith(b"version https://git-lfs")
-        if pointer:
-            yield 1, "a git-lfs pointer, not the file itself; get it with `git lfs pull`"
-        else:
-            yield number + 1, f"damaged or truncated {kind}: {one_line(error)}; {_REST}"
-
-
-def _pyarrow(path: Path) -> Any:
-    try:
-        import pyarrow
-    except ImportError:
-        raise UserError(
-            f'{path}: reading {path.suffix} files wants pyarrow: pip install "agevlm-mlx[datasets]"'
-        ) from None
-    return pyarrow
+        for number, row in read(path):
+            yield number, row
+    except Damaged as error:
+        pointer = "git-lfs" in str(error)
+        yield number + 1, str(error) if pointer else f"{error}; {_REST}"
 
 
 _READERS: dict[str, Callable[[Path], Iterator[Numbered]]] = {
@@ -245,8 +196,8 @@ _READERS: dict[str, Callable[[Path], Iterator[Numbered]]] = {
     ".jsonl": _json_lines,
     ".tsv": _csv,
     ".csv": _csv,
-    ".parquet": _parquet,
-    ".arrow": _arrow,
+    ".parquet": _columnar,
+    ".arrow": _columnar,
 }
 #: Of the files that `rows` reads.
 ENDINGS = tuple(_READERS)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NoReturn
 from ..errors import UserError, one_line
 
 #: What a broken or hostile pickle makes the reader stumble over.
-_BROKEN = (
+BROKEN = (
     pickle.UnpicklingError,
     ArithmeticError,
     AttributeError,
@@ -47,7 +47,7 @@ def read_pickle(path: Path) -> Any:
     (as UTF-8). ``UserError`` for anything else; nothing of the file is ever run."""
     try:
         return _Plain(io.BytesIO(path.read_bytes()), encoding="utf-8", errors="replace").load()
-    except _BROKEN as error:
+    except BROKEN as error:
         raise UserError(
             f"{path}: expected a pickle of lists, dicts, numbers and strings, got one that cannot "
             f"be read so ({one_line(error)}); download it again"

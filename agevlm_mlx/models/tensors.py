@@ -1,4 +1,8 @@
-"""What happens to each key of a foreign checkpoint. Every key must match exactly one rule."""
+"""Tensors of a checkpoint by name: other people's names made ours, and given to a module.
+
+Of a foreign checkpoint every key must match exactly one rule, so that nothing is silently
+left out.
+"""
 
 import dataclasses
 import re
@@ -8,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
 
-from agevlm_mlx.errors import UserError, one_line
-
-from .source import unreadable
+from ..errors import UserError, one_line
 
 #: Keys that an error message lists before "and N more".
 _SHOWN = 8
@@ -47,7 +51,7 @@ def known_keys(config_class: type, table: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in table.items() if name in names - {"model_type"}}
 
 
-def apply(
+def apply_rules(
     tensors: Mapping[str, mx.array], rules: Iterable[Rule], where: object
 ) -> tuple[dict[str, mx.array], Counter[str]]:
     """Our tensors (lazy, as the given ones are), and how many were left out for which reason.
@@ -85,3 +89,35 @@ def apply(
             "this is another architecture than its config says"
         )
     return ours, dropped
+
+
+def unreadable(where: object, key: object, dtype: object) -> UserError:
+    """What to say of a tensor whose values are no plain floating-point numbers."""
+    return UserError(
+        f"{where}: expected floating-point numbers, got {key} as "
+        f"{str(dtype).rpartition('.')[2]} (FP8 or quantised weights are not read); take the "
+        "bfloat16 or full-precision checkpoint"
+    )
+
+
+def check_shapes(module: nn.Module, weights: Mapping[str, mx.array], where: object) -> None:
+    """``UserError`` lists what is missing, extra or of another shape than `module` has."""
+    own = dict(tree_flatten(module.parameters()))
+    problems = [f"missing {k}" for k in own if k not in weights]
+    problems += [f"unexpected {k}" for k in weights if k not in own]
+    problems += [
+        f"{k} expected {own[k].shape}, got {weights[k].shape}"
+        for k in own
+        if k in weights and own[k].shape != weights[k].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise UserError(
+            f"{where}: weights of another architecture: {'; '.join(problems[:4])}{more}"
+        )
+
+
+def assign(module: nn.Module, weights: Mapping[str, mx.array], where: object) -> None:
+    """Give `module` exactly these weights; ``UserError`` as `check_shapes` raises it."""
+    check_shapes(module, weights, where)
+    module.load_weights(list(weights.items()))

@@ -7,7 +7,7 @@ What a word means inside another noun is told by `_COMPOUNDS`: a "baby elephant"
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from ..evaluation.metrics import NounVocabulary
+from .noun_vocabulary import NounVocabulary
 
 #: Class -> further words for it, in the singular. Words that mean too much are left out:
 #: "computer" (a laptop?), "plant" (potted?), "glass" (of wine? of what a window is made?).
@@ -152,14 +152,30 @@ class CocoNouns:
 
     def mentions(self, text: str) -> list[str]:
         """The classes in the order in which they are named, a repeated one each time."""
-        found = self._vocabulary.mentions(text)
-        seat = "" if "toilet" in found else self._seat
-        named = (seat if noun == _SEAT else noun for noun in found)
-        return [noun for noun in named if noun]
+        return [noun for noun, _, _ in self.find(text)]
+
+    def find(self, text: str) -> list[tuple[str, int, int]]:
+        """(class, start, end) of the same."""
+        found = list(self._vocabulary.find(text))
+        seat = "" if any(noun == "toilet" for noun, _, _ in found) else self._seat
+        named = ((seat if noun == _SEAT else noun, start, end) for noun, start, end in found)
+        return [mention for mention in named if mention[0]]
 
 
 def ours() -> CocoNouns:
     """The table of this module."""
+    return CocoNouns(_own())
+
+
+def of_classes(names: Iterable[str]) -> CocoNouns:
+    """For a data set with classes of its own: their names, and for those that COCO has, the words
+    of this module. Words of other COCO classes keep theirs: "hot dog" names no dog."""
+    names = list(names)
+    own = {" ".join(name.lower().replace("_", " ").split()): name for name in names}
+    return CocoNouns({word: own.get(noun, "") for word, noun in _own().items()} | own)
+
+
+def _own() -> dict[str, str]:
     spellings = dict(_spellings((noun, _split(words)) for noun, words in SYNONYMS.items()))
     spellings |= {
         f"{young} {word}": noun
@@ -169,7 +185,7 @@ def ours() -> CocoNouns:
     }
     spellings |= {f"passenger {w}": noun for w, noun in spellings.items() if noun in _VEHICLES}
     compounds = {word: noun for noun, words in _COMPOUNDS.items() for word in _split(words)}
-    return CocoNouns(spellings | compounds)
+    return spellings | compounds
 
 
 def published(lines: Sequence[str]) -> CocoNouns:

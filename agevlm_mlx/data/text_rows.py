@@ -1,0 +1,89 @@
+"""Texts with the places they should look at, and the arrays that hold rows of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .chat import Encoded
+
+#: Lengths are padded to multiples of these, so that few different shapes occur.
+TOKENS, ROWS = 4, 32
+
+
+@dataclass(frozen=True)
+class Text:
+    """A record drawn for a batch. guided: columns of its row, and f32 [S], where they look."""
+
+    record_id: str
+    encoded: Encoded
+    guided: tuple[tuple[int, np.ndarray], ...]
+
+    def __len__(self) -> int:
+        """Positions in a row: the last token is predicted, but predicts nothing."""
+        return len(self.encoded.ids) - 1
+
+
+@dataclass
+class TextGroup:
+    """R rows of texts for each of B images. P guided positions, padded with weight 0.
+
+    ids, labels (the next token): i32 [B R T]; loss_mask: f32 [B R T], 1 where the label counts.
+    rows (b*R + r), cols: i32 [P]; target: f32 [P S], mask coverage 0..1; weight: f32 [P].
+    segments: i32 [B R T], for packed rows the number of the text that a position belongs to,
+    -1 for padding; None where a row is one text.
+    """
+
+    ids: np.ndarray
+    labels: np.ndarray
+    loss_mask: np.ndarray
+    rows: np.ndarray
+    cols: np.ndarray
+    target: np.ndarray
+    weight: np.ndarray
+    segments: np.ndarray | None = None
+
+
+def round_up(n: int, step: int = TOKENS) -> int:
+    """The next multiple of `step`, at least one."""
+    return max(step, -(-n // step) * step)
+
+
+def text_group(
+    rows: Sequence[Sequence[Sequence[Text]]], T: int, cells: int, pad: int, *, packed: bool
+) -> TextGroup:
+    """The arrays of the texts of B images x R rows, those of a row one after another.
+
+    T: columns, cells: S, pad: the id of unused columns, which have no loss.
+    """
+    B, R = len(rows), len(rows[0])
+    ids, labels = (np.full((B * R, T), pad, np.int32) for _ in range(2))
+    loss_mask = np.zeros((B * R, T), np.float32)
+    segments = np.full((B * R, T), -1, np.int32)
+    guided: list[tuple[int, int, np.ndarray]] = []
+    for row, texts in enumerate(texts for image in rows for texts in image):
+        start = 0
+        for number, text in enumerate(texts):
+            encoded, here = text.encoded, slice(start, start + len(text))
+            ids[row, here], labels[row, here] = encoded.ids[:-1], encoded.ids[1:]
+            loss_mask[row, here] = encoded.loss_mask[1:]
+            segments[row, here] = number
+            guided += [(row, start + column, target) for column, target in text.guided]
+            start += len(text)
+    P = round_up(len(guided), ROWS)
+    place = np.zeros((2, P), np.int32)
+    target = np.zeros((P, cells), np.float32)
+    weight = np.zeros(P, np.float32)
+    for p, (row, column, coverage) in enumerate(guided):
+        place[:, p], target[p], weight[p] = (row, column), coverage, 1
+    shape = (B, R, T)
+    return TextGroup(
+        ids.reshape(shape),
+        labels.reshape(shape),
+        loss_mask.reshape(shape),
+        place[0],
+        place[1],
+        target,
+        weight,
+        segments.reshape(shape) if packed else None,
+    )

@@ -1,0 +1,325 @@
+"""Pictures of a training run: its curves, and where the model looks as it learns.
+
+They lie in ``pictures/`` of the run's folder::
+
+    curves.png           losses, learning rate, gradient norm, validation, time, over the steps
+    looks-<step>.png     the attention over some pictures after so many steps; looks.png: the newest
+    looks-over-time.png  the same pictures at up to six steps beside each other
+    looks.npz            the maps these are drawn from, so that a resumed run has all of them
+
+Nothing here can end a run: what cannot be drawn is said in one line.
+"""
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+from .atomic import write_file
+from .curves import draw_curves
+from .data.chat import encode
+from .data.image import Geometry, load_image
+from .data.records import Phrase, Record
+from .errors import UserError, one_line
+from .evaluation.overlay import TILE, display_size, heat, overlay
+from .models.agevlm import AgeVLM
+from .sam.index import prompt_key
+from .sam.labelling import image_key
+from .sam.targets import rle_decode
+from .training.build import Job
+from .training.log import warn
+
+#: Pictures to watch, and steps of the strip over time.
+LOOKS, STEPS = 6, 6
+_MARGIN, _GAP, _LINE = 20, 14, 20
+_LEGEND = "outline: what the words name     %: share of the attention inside it"
+#: Width that the heading needs.
+_LEAST = 520
+_INK, _QUIET, _PAPER = (32, 33, 36), (95, 99, 104), (255, 255, 255)
+
+
+@dataclass(frozen=True)
+class Look:
+    """Words about a picture, and what they should look at."""
+
+    #: The picture at the size in which it is shown, and where its pixels go in the model's input.
+    image: Image.Image
+    geometry: Geometry
+    #: f32 [Hi Wi 3]
+    pixels: np.ndarray
+    ids: tuple[int, ...]
+    #: The positions whose attention is shown: those that guidance supervises.
+    columns: tuple[int, ...]
+    phrase: str
+    #: f32 [h w] of `image`, above one half on the object; None where nothing is known about it.
+    object: np.ndarray | None
+    #: f32 [S], 1 at the cell that the object fills most: the weights of training's mass.
+    target: np.ndarray | None
+
+
+class Pictures:
+    """An observer of the trainer that draws; see the module."""
+
+    def __init__(self, run: Path, job: Job, say: Callable[[str], None] = warn):
+        self.run, self.job, self.say = run, job, say
+        self.folder = run / "pictures"
+        self._said: set[str] = set()
+        attention = [s.losses.attention for s in job.recipe.stages if s.losses.attention.weight]
+        #: The same heads all the run, or a change of them would look like learning.
+        self.heads = attention[-1].heads if attention else None
+
+    def row(self, row: Mapping[str, Any]) -> None:
+        """Nothing: the curves are drawn from ``metrics.jsonl``."""
+
+    def look(self, step: int, model: AgeVLM) -> None:
+        """Draw all pictures after `step` steps."""
+        self._try("curves", lambda: self._curves(step))
+        self._try("pictures of the attention", lambda: self._looks(step, model))
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def _try(self, what: str, draw: Callable[[], None]) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            draw()
+        except Exception as error:  # whatever it is, the night's training is worth more
+            text = f"no {what}: {one_line(error)}"
+            if text not in self._said:
+                self._said.add(text)
+                self.say(text)
+
+    def _curves(self, step: int) -> None:
+        recipe = self.job.recipe
+        title = f"{self.run.resolve().name}: step {step:,} of {recipe.steps:,}"
+        metrics = self.run / "metrics.jsonl"
+        if step and metrics.exists():
+            clip = recipe.train.clip
+            write_file(
+                self.folder / "curves.png", lambda path: draw_curves(metrics, path, title, clip)
+            )
+
+    @cached_property
+    def looks(self) -> list[Look]:
+        """What is watched: of the first validation pictures with phrases, the first phrase each."""
+        job = self.job
+        validation = job.recipe.data.val is not None and bool(job.val_records)
+        records = job.val_records if validation else job.records
+        store = job.val_store if validation else job.store
+        found: dict[Path, Look] = {}
+        for n in np.flatnonzero(records.guided).tolist():
+            record = records[n]
+            if record.image not in found:
+                look = _look(record, job, store, records.root)
+                if look is not None:
+                    found[record.image] = look
+                if len(found) == LOOKS:
+                    break
+        return list(found.values())
+
+    def _looks(self, step: int, model: AgeVLM) -> None:
+        if not self.looks:
+            raise UserError("no validation record has a phrase; give phrases in data.val")
+        maps = self._maps(model)
+        known = {s: m for s, m in self._load().items() if s < step} | {step: maps}
+        steps = np.array(list(known))
+        write_file(
+            self.folder / "looks.npz",
+            lambda path: np.savez_compressed(
+                path, steps=steps, maps=np.stack(list(known.values()))
+            ),
+        )
+        page = sheet(self.looks, maps, f"Where the model looks after {step:,} steps")
+        for name in (f"looks-{step}.png", "looks.png"):
+            write_file(self.folder / name, page.save)
+        shown = {list(known)[i]: known[list(known)[i]] for i in _spread(len(known), STEPS)}
+        write_file(self.folder / "looks-over-time.png", strip(self.looks, shown).save)
+
+    def _maps(self, model: AgeVLM) -> np.ndarray:
+        """f16 [looks Gh Gw]: the mean over layers, heads and the phrase's positions."""
+        looks = self.looks
+        ids = np.zeros((len(looks), max(len(look.ids) for look in looks)), np.int32)
+        for row, look in enumerate(looks):  # what follows a text in its row does not change it
+            ids[row, : len(look.ids)] = look.ids
+        rows = [row for row, look in enumerate(looks) for _ in look.columns]
+        columns = [column for look in looks for column in look.columns]
+        learning = model.training
+        model.eval()
+        try:
+            pixels = mx.array(np.stack([look.pixels for look in looks]))
+            seen = model.look(model.project(model.encode(pixels)))
+            cache = model.share(seen, 1)
+            places = mx.array(rows), mx.array(columns)
+            attn_map = model.attend(mx.array(ids), cache, *places, self.heads)[1]
+            found = np.array(attn_map.astype(mx.float32).mean(axis=(1, 2)))  # [P S]
+        finally:
+            model.train(learning)
+        if not np.isfinite(found).all():
+            raise UserError("the model's attention is not finite")
+        maps = [found[np.array(rows) == row].mean(0) for row in range(len(looks))]
+        return np.stack(maps).reshape(len(looks), *model.grid).astype(np.float16)
+
+    def _load(self) -> dict[int, np.ndarray]:
+        """The maps so far by step, as a run that is resumed finds them."""
+        path = self.folder / "looks.npz"
+        if not path.exists():
+            return {}
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                steps, maps = stored["steps"], stored["maps"]
+            if maps.shape != (len(steps), len(self.looks), *self.job.model.grid):
+                return {}  # of other pictures
+            return dict(zip(steps.tolist(), maps, strict=True))
+        except Exception:  # damaged; what it held is in the pictures that are there already
+            return {}
+
+
+def _look(record: Record, job: Job, store: Any, folder: Path) -> Look | None:
+    """The first phrase of a record; None if its picture or text cannot be shown."""
+    phrase = record.phrases[0]
+    try:
+        image = load_image(record.image)
+        bare = Phrase(phrase.text, phrase.turn, phrase.start, phrase.end)
+        encoded = encode(job.tokenizer, record.turns, (bare,))
+        pixels, geometry = job.preprocessor(image)
+        key = image_key(record.image, folder)
+        place = _object(phrase, geometry, store, key, job.model.grid, display_size(*image.size))
+    except UserError:
+        return None  # training says what is wrong with it, or counts it
+    columns = tuple(at for at in encoded.spans[0] if at < len(encoded.ids) - 1)
+    if not columns:
+        return None
+    shown = image.resize(display_size(*image.size), Image.Resampling.BICUBIC)
+    return Look(shown, geometry, pixels, encoded.ids[:-1], columns, phrase.text, *place)
+
+
+def _object(
+    phrase: Phrase,
+    geometry: Geometry,
+    store: Any,
+    key: str,
+    grid: tuple[int, int],
+    size: tuple[int, int],
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """`Look.object` and `Look.target`: of what guides the phrase, else of its box."""
+    where = phrase.box or phrase.point
+    target, mask = None, None
+    if store is not None and where:
+        with contextlib.suppress(KeyError):
+            target = store.target(key, prompt_key(where))
+    if target is None and phrase.mask is not None:
+        mask = rle_decode(phrase.mask)
+        if mask.shape != (geometry.height, geometry.width):
+            return None, None
+    elif target is None and phrase.box is not None:
+        x0, y0, x1, y1 = (round(v) for v in phrase.box)
+        mask = np.zeros((geometry.height, geometry.width), bool)
+        mask[y0:y1, x0:x1] = True
+    if mask is not None:
+        target = geometry.mask_to_grid(mask, grid)
+    if target is None or not target.max() > 0:
+        return None, None
+    target = target / target.max()
+    if mask is None:
+        return heat(target.reshape(grid), geometry, size), target
+    shown = Image.fromarray(mask).convert("L").resize(size, Image.Resampling.BILINEAR)
+    return np.asarray(shown.filter(ImageFilter.GaussianBlur(1)), np.float32) / 255, target
+
+
+# --- drawing -----------------------------------------------------------------------------------
+
+
+def tile(look: Look, attn_map: np.ndarray, side: int = TILE) -> Image.Image:
+    """The picture with the map f[Gh Gw] over it and the object's outline."""
+    small = side < TILE  # the ring would hide what it is around
+    shown = overlay(look.image, attn_map, look.geometry, tile=side, peak=not small)
+    if look.object is not None:
+        level = Image.fromarray(look.object).resize(shown.size, Image.Resampling.BILINEAR)
+        level = np.asarray(level)
+        steepness = np.hypot(*np.gradient(level)) if min(level.shape) > 1 else level
+        away = np.abs(level - 0.5) / np.maximum(steepness, 1e-3)  # pixels from the outline
+        for colour, width in ((20, 2.0), (255, 1.0)) if small else ((20, 3.5), (255, 1.6)):
+            line = np.clip(width / 2 + 0.5 - away, 0, 1)
+            shown.paste((colour,) * 3, (0, 0), Image.fromarray((255 * line).astype(np.uint8)))
+    return shown
+
+
+def inside(look: Look, attn_map: np.ndarray) -> str:
+    """The share of the attention inside the outline, as it is written."""
+    if look.target is None:
+        return ""
+    return f"{float((attn_map.astype(np.float32).reshape(-1) * look.target).sum()):.0%}"
+
+
+def sheet(looks: Sequence[Look], maps: np.ndarray, title: str) -> Image.Image:
+    """A page with every look: its picture, its words, and how much of the attention is inside."""
+    columns = min(3, len(looks))
+    rows = -(-len(looks) // columns)
+    tiles = [tile(look, m) for look, m in zip(looks, maps, strict=True)]
+    step_x, step_y = TILE + _GAP, TILE + 2 * _LINE + _GAP
+    top = _MARGIN + 2 * _LINE + _GAP
+    width = 2 * _MARGIN + max(columns * step_x - _GAP, _LEAST)
+    page = Image.new("RGB", (width, top + rows * step_y), _PAPER)
+    pen = ImageDraw.Draw(page)
+    pen.text((_MARGIN, _MARGIN - 4), title, fill=_INK, font=_font(20))
+    pen.text((_MARGIN, _MARGIN + _LINE + 4), _LEGEND, fill=_QUIET, font=_font(13))
+    for n, (look, attn_map, shown) in enumerate(zip(looks, maps, tiles, strict=True)):
+        row, column = divmod(n, columns)
+        x, y = _MARGIN + column * step_x, top + row * step_y
+        page.paste(shown, (x, y + TILE - shown.height))
+        share = inside(look, attn_map)
+        end = x + TILE - pen.textlength(share, font=_font(17))
+        pen.text((end, y + TILE + 6), share, fill=_INK, font=_font(17))
+        words = _shortened(pen, look.phrase, end - x - 8, 17)
+        pen.text((x, y + TILE + 6), words, fill=_INK, font=_font(17))
+    return page
+
+
+def strip(looks: Sequence[Look], maps: Mapping[int, np.ndarray]) -> Image.Image:
+    """The looks one below the other, each at every step of `maps` from left to right."""
+    side = TILE * 5 // 9
+    step_x, step_y = side + _GAP, side + _LINE + _GAP
+    top = _MARGIN + 3 * _LINE + _GAP
+    label = 110
+    width = 2 * _MARGIN + max(label + len(maps) * step_x - _GAP, _LEAST)
+    page = Image.new("RGB", (width, top + len(looks) * step_y + _MARGIN // 2), _PAPER)
+    pen = ImageDraw.Draw(page)
+    pen.text((_MARGIN, _MARGIN - 4), "The looks as it learns", fill=_INK, font=_font(20))
+    pen.text((_MARGIN, _MARGIN + _LINE + 4), _LEGEND, fill=_QUIET, font=_font(13))
+    for n, look in enumerate(looks):
+        y = top + n * step_y
+        words = _shortened(pen, look.phrase, label - 8, 15)
+        pen.text((_MARGIN, y + side / 2 - 9), words, fill=_INK, font=_font(15))
+        for column, (step, now) in enumerate(maps.items()):
+            x = _MARGIN + label + column * step_x
+            if n == 0:
+                name = f"{'step ' if column == 0 else ''}{step:,}"
+                pen.text((x, top - _LINE - 2), name, fill=_INK, font=_font(15))
+            shown = tile(look, now[n], side)
+            page.paste(shown, (x, y + (side - shown.height) // 2))
+            share = inside(look, now[n])
+            pen.text((x, y + side + 2), share, fill=_QUIET, font=_font(13))
+    return page
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)
+
+
+def _shortened(pen: ImageDraw.ImageDraw, text: str, width: float, size: int) -> str:
+    if pen.textlength(text, font=_font(size)) <= width:
+        return text
+    while text and pen.textlength(text + "...", font=_font(size)) > width:
+        text = text[:-1]
+    return text + "..."
+
+
+def _spread(n: int, most: int) -> list[int]:
+    """Up to `most` of the numbers below `n`, evenly apart, with the first and the last."""
+    return sorted({round(i) for i in np.linspace(0, n - 1, min(n, most))})
