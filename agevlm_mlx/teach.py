@@ -55,8 +55,8 @@ or all at once, into coco-sam-1-of-2 and coco-sam-2-of-2:
 Meta's checkpoints: https://github.com/facebookresearch/segment-anything#model-checkpoints
 """
 
-#: Settings of automatic masks for the embedded teacher.
-SMALL_AUTOMATIC = {"points_per_side": 16}
+#: Automatic masks of the embedded teacher, whose estimates are lower than those of Meta's models.
+SMALL_AUTOMATIC = {"points_per_side": 16, "pred_iou_thresh": 0.5, "stability_score_thresh": 0.5}
 
 Backend = Literal["torch", "mlx"]
 
@@ -429,18 +429,40 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_automatic_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("automatic masks (--prompt auto; Meta's names and defaults)")
-    add = group.add_argument
-    add("--points-per-side", type=_positive, metavar="N", help="of the grid (32; embedded: 16)")
-    add("--pred-iou-thresh", type=float, metavar="SHARE", help="least estimate of a mask's IoU")
-    add("--stability-score-thresh", type=float, metavar="SHARE", help="least stability of a mask")
-    add("--box-nms-thresh", type=float, metavar="SHARE", help="largest IoU of two masks' boxes")
-    add("--min-mask-region-area", type=_positive, metavar="PIXELS", help="drop smaller pieces")
+    add = parser.add_argument_group(
+        "automatic masks, for --prompt auto (default: Meta's settings; embedded teacher's)"
+    ).add_argument
+    add("--points-per-side", type=_positive, metavar="N", help="of the grid (32; 16)")
+    add(
+        "--pred-iou-thresh",
+        type=float,
+        metavar="SHARE",
+        help="masks of a lower estimated IoU are dropped (0.88; 0.5)",
+    )
+    add(
+        "--stability-score-thresh",
+        type=float,
+        metavar="SHARE",
+        help="masks that change more with the threshold are dropped (0.95; 0.5)",
+    )
+    add(
+        "--box-nms-thresh",
+        type=float,
+        metavar="SHARE",
+        help="masks whose boxes' IoU with a better one is higher are dropped (0.7)",
+    )
+    add(
+        "--min-mask-region-area",
+        type=_positive,
+        metavar="PIXELS",
+        help="smaller holes and islands of a mask are filled and dropped (none)",
+    )
     add(
         "--match-thresh",
         type=float,
         metavar="SHARE",
-        help="least IoU of a mask's and a phrase's box",
+        help="a phrase takes the mask whose box has the highest IoU with its own, if not lower "
+        "(0.5)",
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from . import atomic, config, watch
 from .errors import UserError, command
-from .training import checkpoint, preview, toml
+from .training import checkpoint, preview, toml, trackers
 from .training.build import Job, export, prepare
 from .training.ranks import LostRanks, Ranks
 from .training.rules import named_parameters
@@ -74,6 +74,8 @@ def _run(args: argparse.Namespace, ranks: Ranks) -> int:
     recipe, run = config.from_dict(Recipe, tables[0]), Path(tables[1])
     if args.dry_run:
         return _dry_run(recipe) if ranks.first else 0
+    if ranks.first:
+        trackers.require(recipe.train.report_to)
     if ranks.size > 1:
         say(f"{ranks.size} processes train together")
     job = prepare(recipe, args.resume, say, ranks=ranks)
@@ -112,7 +114,9 @@ def _silent(*args: object, **kwargs: object) -> None:
 
 def _observers(run: Path, job: Job, step: int) -> list[Observer]:
     """Who is told of the run besides ``metrics.jsonl`` and the terminal."""
-    return [watch.Pictures(run, job)] if job.recipe.train.pictures_every else []
+    train = job.recipe.train
+    reports = trackers.open_trackers(train.report_to, run, config.to_dict(job.recipe), step)
+    return [*([watch.Pictures(run, job)] if train.pictures_every else []), *reports]
 
 
 def _recipe(args: argparse.Namespace) -> tuple[Recipe, Path]:

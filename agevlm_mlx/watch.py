@@ -11,15 +11,14 @@ Nothing here can end a run: what cannot be drawn is said in one line.
 """
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageFilter
 
 from .atomic import write_file
 from .curves import draw_curves
@@ -27,7 +26,8 @@ from .data.chat import encode
 from .data.image import Geometry, load_image
 from .data.records import Phrase, Record
 from .errors import UserError, one_line
-from .evaluation.overlay import TILE, display_size, heat, overlay
+from .evaluation.overlay import display_size, heat
+from .look_sheet import Look, sheet, strip
 from .models.agevlm import AgeVLM
 from .sam.index import prompt_key
 from .sam.labelling import image_key
@@ -37,30 +37,6 @@ from .training.log import warn
 
 #: Pictures to watch, and steps of the strip over time.
 LOOKS, STEPS = 6, 6
-_MARGIN, _GAP, _LINE = 20, 14, 20
-_LEGEND = "outline: what the words name     %: share of the attention inside it"
-#: Width that the heading needs.
-_LEAST = 520
-_INK, _QUIET, _PAPER = (32, 33, 36), (95, 99, 104), (255, 255, 255)
-
-
-@dataclass(frozen=True)
-class Look:
-    """Words about a picture, and what they should look at."""
-
-    #: The picture at the size in which it is shown, and where its pixels go in the model's input.
-    image: Image.Image
-    geometry: Geometry
-    #: f32 [Hi Wi 3]
-    pixels: np.ndarray
-    ids: tuple[int, ...]
-    #: The positions whose attention is shown: those that guidance supervises.
-    columns: tuple[int, ...]
-    phrase: str
-    #: f32 [h w] of `image`, above one half on the object; None where nothing is known about it.
-    object: np.ndarray | None
-    #: f32 [S], 1 at the cell that the object fills most: the weights of training's mass.
-    target: np.ndarray | None
 
 
 class Pictures:
@@ -109,9 +85,8 @@ class Pictures:
     def looks(self) -> list[Look]:
         """What is watched: of the first validation pictures with phrases, the first phrase each."""
         job = self.job
-        validation = job.recipe.data.val is not None and bool(job.val_records)
-        records = job.val_records if validation else job.records
-        store = job.val_store if validation else job.store
+        records = job.val_records if job.val_records is not None else job.records
+        store = job.store if job.val_records is None else job.val_store
         found: dict[Path, Look] = {}
         for n in np.flatnonzero(records.guided).tolist():
             record = records[n]
@@ -171,7 +146,7 @@ class Pictures:
         if not path.exists():
             return {}
         try:
-            with np.load(path, allow_pickle=False) as stored:
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
                 steps, maps = stored["steps"], stored["maps"]
             if maps.shape != (len(steps), len(self.looks), *self.job.model.grid):
                 return {}  # of other pictures
@@ -189,7 +164,7 @@ def _look(record: Record, job: Job, store: Any, folder: Path) -> Look | None:
         encoded = encode(job.tokenizer, record.turns, (bare,))
         pixels, geometry = job.preprocessor(image)
         key = image_key(record.image, folder)
-        place = _object(phrase, geometry, store, key, job.model.grid, display_size(*image.size))
+        place = _outline(phrase, geometry, store, key, job.model.grid, display_size(*image.size))
     except UserError:
         return None  # training says what is wrong with it, or counts it
     columns = tuple(at for at in encoded.spans[0] if at < len(encoded.ids) - 1)
@@ -199,7 +174,7 @@ def _look(record: Record, job: Job, store: Any, folder: Path) -> Look | None:
     return Look(shown, geometry, pixels, encoded.ids[:-1], columns, phrase.text, *place)
 
 
-def _object(
+def _outline(
     phrase: Phrase,
     geometry: Geometry,
     store: Any,
@@ -207,7 +182,7 @@ def _object(
     grid: tuple[int, int],
     size: tuple[int, int],
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """`Look.object` and `Look.target`: of what guides the phrase, else of its box."""
+    """`Look.outline` and `Look.target`: of what guides the phrase, else of its box."""
     where = phrase.box or phrase.point
     target, mask = None, None
     if store is not None and where:
@@ -230,94 +205,6 @@ def _object(
         return heat(target.reshape(grid), geometry, size), target
     shown = Image.fromarray(mask).convert("L").resize(size, Image.Resampling.BILINEAR)
     return np.asarray(shown.filter(ImageFilter.GaussianBlur(1)), np.float32) / 255, target
-
-
-# --- drawing -----------------------------------------------------------------------------------
-
-
-def tile(look: Look, attn_map: np.ndarray, side: int = TILE) -> Image.Image:
-    """The picture with the map f[Gh Gw] over it and the object's outline."""
-    small = side < TILE  # the ring would hide what it is around
-    shown = overlay(look.image, attn_map, look.geometry, tile=side, peak=not small)
-    if look.object is not None:
-        level = Image.fromarray(look.object).resize(shown.size, Image.Resampling.BILINEAR)
-        level = np.asarray(level)
-        steepness = np.hypot(*np.gradient(level)) if min(level.shape) > 1 else level
-        away = np.abs(level - 0.5) / np.maximum(steepness, 1e-3)  # pixels from the outline
-        for colour, width in ((20, 2.0), (255, 1.0)) if small else ((20, 3.5), (255, 1.6)):
-            line = np.clip(width / 2 + 0.5 - away, 0, 1)
-            shown.paste((colour,) * 3, (0, 0), Image.fromarray((255 * line).astype(np.uint8)))
-    return shown
-
-
-def inside(look: Look, attn_map: np.ndarray) -> str:
-    """The share of the attention inside the outline, as it is written."""
-    if look.target is None:
-        return ""
-    return f"{float((attn_map.astype(np.float32).reshape(-1) * look.target).sum()):.0%}"
-
-
-def sheet(looks: Sequence[Look], maps: np.ndarray, title: str) -> Image.Image:
-    """A page with every look: its picture, its words, and how much of the attention is inside."""
-    columns = min(3, len(looks))
-    rows = -(-len(looks) // columns)
-    tiles = [tile(look, m) for look, m in zip(looks, maps, strict=True)]
-    step_x, step_y = TILE + _GAP, TILE + 2 * _LINE + _GAP
-    top = _MARGIN + 2 * _LINE + _GAP
-    width = 2 * _MARGIN + max(columns * step_x - _GAP, _LEAST)
-    page = Image.new("RGB", (width, top + rows * step_y), _PAPER)
-    pen = ImageDraw.Draw(page)
-    pen.text((_MARGIN, _MARGIN - 4), title, fill=_INK, font=_font(20))
-    pen.text((_MARGIN, _MARGIN + _LINE + 4), _LEGEND, fill=_QUIET, font=_font(13))
-    for n, (look, attn_map, shown) in enumerate(zip(looks, maps, tiles, strict=True)):
-        row, column = divmod(n, columns)
-        x, y = _MARGIN + column * step_x, top + row * step_y
-        page.paste(shown, (x, y + TILE - shown.height))
-        share = inside(look, attn_map)
-        end = x + TILE - pen.textlength(share, font=_font(17))
-        pen.text((end, y + TILE + 6), share, fill=_INK, font=_font(17))
-        words = _shortened(pen, look.phrase, end - x - 8, 17)
-        pen.text((x, y + TILE + 6), words, fill=_INK, font=_font(17))
-    return page
-
-
-def strip(looks: Sequence[Look], maps: Mapping[int, np.ndarray]) -> Image.Image:
-    """The looks one below the other, each at every step of `maps` from left to right."""
-    side = TILE * 5 // 9
-    step_x, step_y = side + _GAP, side + _LINE + _GAP
-    top = _MARGIN + 3 * _LINE + _GAP
-    label = 110
-    width = 2 * _MARGIN + max(label + len(maps) * step_x - _GAP, _LEAST)
-    page = Image.new("RGB", (width, top + len(looks) * step_y + _MARGIN // 2), _PAPER)
-    pen = ImageDraw.Draw(page)
-    pen.text((_MARGIN, _MARGIN - 4), "The looks as it learns", fill=_INK, font=_font(20))
-    pen.text((_MARGIN, _MARGIN + _LINE + 4), _LEGEND, fill=_QUIET, font=_font(13))
-    for n, look in enumerate(looks):
-        y = top + n * step_y
-        words = _shortened(pen, look.phrase, label - 8, 15)
-        pen.text((_MARGIN, y + side / 2 - 9), words, fill=_INK, font=_font(15))
-        for column, (step, now) in enumerate(maps.items()):
-            x = _MARGIN + label + column * step_x
-            if n == 0:
-                name = f"{'step ' if column == 0 else ''}{step:,}"
-                pen.text((x, top - _LINE - 2), name, fill=_INK, font=_font(15))
-            shown = tile(look, now[n], side)
-            page.paste(shown, (x, y + (side - shown.height) // 2))
-            share = inside(look, now[n])
-            pen.text((x, y + side + 2), share, fill=_QUIET, font=_font(13))
-    return page
-
-
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
-
-
-def _shortened(pen: ImageDraw.ImageDraw, text: str, width: float, size: int) -> str:
-    if pen.textlength(text, font=_font(size)) <= width:
-        return text
-    while text and pen.textlength(text + "...", font=_font(size)) > width:
-        text = text[:-1]
-    return text + "..."
 
 
 def _spread(n: int, most: int) -> list[int]:

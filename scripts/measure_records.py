@@ -1,7 +1,7 @@
 """What reading a large data set costs: seconds and memory until training could begin.
 
     python scripts/measure_records.py                         # 100,000 records, 20,000 images
-    python scripts/measure_records.py --n 665298 --images 340000 --layout array
+    python scripts/measure_records.py --n 665298 --images 340000 --layout array --repeats 1
 
 Makes a data set of records of about 1 KB about empty image files in a temporary folder, then, in
 a process of its own each, indexes it (`read_records`) and, for comparison, parses all of it into
@@ -67,18 +67,19 @@ def peak():
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
-before, start = peak(), time.perf_counter()
+before, start, cpu = peak(), time.perf_counter(), time.process_time()
 records = read_records(Path(sys.argv[1]))
 if sys.argv[2] == "list":
     records = list(records)
 seconds, grown = time.perf_counter() - start, peak() - before
+cpu = time.process_time() - cpu
 assert len(records) == int(sys.argv[3])
 start = time.perf_counter()
 step = max(len(records) // 1000, 1)
 for i in range(0, len(records), step):
     records[i]
 each = (time.perf_counter() - start) / len(range(0, len(records), step))
-print(f"{seconds:6.2f} s   {grown:7.1f} MB   {each * 1e6:6.1f} us a record asked for")
+print(f"{seconds:6.2f} s   {cpu:6.2f} s of CPU   {grown:7.1f} MB   {each * 1e6:6.1f} us a record asked for")
 """
 
 

@@ -1,4 +1,4 @@
-"""Write docs/parity.md: how far our encoders, pixels and imports are from the reference.
+"""Write docs/parity.md: how far our encoders, pixels, masks and imports are from the reference.
 
 Runs the tests of the conversions, which record each figure, and sets them in a table.
 
@@ -25,6 +25,7 @@ PACKAGES = (
     "torch",
     "transformers",
 )
+TESTS = ("tests/convert", "tests/sam/test_mlx_sam_parity.py")
 HEADER = """# Parity with the reference implementations
 
 Random weights made by the reference library, saved as it saves them, converted by the commands
@@ -35,6 +36,8 @@ Pillow's resizing, on which these weights were trained: transformers' newer proc
 resize with torchvision, are up to two steps away from its own Pillow ones, and so from ours. For
 language models the figure is the largest error of a logit, relative to the largest one (with closed
 gates it is absolute); for quantised models the share of answer tokens that are predicted otherwise.
+For SAM's masks they are absolute: the largest error of a logit (a mask is where it is above 0), of
+an estimated IoU, of a number of the image embedding, or the share of a mask's pixels that differ.
 
 The tests fail above the bound. Made by `python scripts/parity_table.py` on {machine}, Python
 {python}:
@@ -61,7 +64,7 @@ def table(rows: list[dict]) -> str:
 def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         record = Path(folder) / "figures.jsonl"
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "not chaos", "tests/convert"]
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "not chaos", *TESTS]
         environment = {**os.environ, "AGEVLM_PARITY_RECORD": str(record)}
         status = subprocess.run(command, cwd=ROOT, env=environment).returncode
         if status:

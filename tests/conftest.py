@@ -1,5 +1,7 @@
 """Fixtures that several test folders share."""
 
+import json
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -148,3 +150,56 @@ def noise() -> Callable[[int], Any]:
         return Image.fromarray(pixels)
 
     return draw
+
+
+#: Where `scripts/parity_table.py` wants the figures of this run.
+RECORD = os.environ.get("AGEVLM_PARITY_RECORD")
+
+
+@pytest.fixture(scope="session")
+def torchvision() -> Any:
+    """torchvision, importable also where its compiled operators do not load (Linux, CPU)."""
+    from agevlm_mlx.sam.torchvision_ops import import_torchvision
+
+    return import_torchvision()
+
+
+@pytest.fixture(scope="session")
+def transformers(torchvision: Any) -> Any:
+    import transformers
+
+    return transformers
+
+
+@pytest.fixture(scope="session")
+def parity() -> Callable[..., None]:
+    """``parity(part, reference, case, figure, bound)``: `figure` is at most `bound`.
+
+    With ``AGEVLM_PARITY_RECORD`` set to a file, the figures are appended to it as JSON lines,
+    from which docs/parity.md is made.
+    """
+
+    def check(part: str, reference: str, case: str, figure: float, bound: float) -> None:
+        if RECORD:
+            row = {"part": part, "reference": reference, "case": case}
+            with open(RECORD, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row | {"figure": figure, "bound": bound}) + "\n")
+        assert figure <= bound
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def randomise() -> Callable[[Any], Any]:
+    """Weights large enough that every layer matters (the libraries' own start near zero)."""
+    import torch
+
+    def noise(model: Any) -> Any:
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                values = torch.randn(parameter.shape, generator=generator)
+                parameter.add_(values, alpha=0.1)
+        return model.eval()
+
+    return noise

@@ -130,13 +130,13 @@ class Batches:
 
     def part(self, step: int, part: int, parts: int) -> Batch:
         """The images of one of `parts` parts of that batch, in every part the same as in the
-        whole; padding is as each part needs it. ``UserError`` if a part would have none."""
-        if parts > self.batch_size:
+        whole; padding is as each part needs it. ``UserError`` if there are none in it."""
+        first, end = (self.batch_size * cut // parts for cut in (part, part + 1))
+        if first == end:
             raise UserError(
-                f"batch_size: expected at least one image for each of {parts} parts of a step, "
+                f"batch_size: expected an image for each of {parts} parts of a step, "
                 f"got {self.batch_size}"
             )
-        first, end = (self.batch_size * cut // parts for cut in (part, part + 1))
         slots = [self._slot(step, slot) for slot in range(first, end)]
         features = [slot.features for slot in slots if slot.features is not None]
         by_group = [[slot.texts[g] for slot in slots] for g in range(len(self.groups))]

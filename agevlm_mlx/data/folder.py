@@ -45,19 +45,22 @@ def is_folder(path: Path) -> bool:
 def read_folder(path: Path) -> Iterator[Record | Problem]:
     """The captions of a folder, those of tables first in each of its folders; or of one table.
 
-    A picture without a caption is a problem, unless its folder has a table.
+    A picture without a caption is a problem, unless its folder or one above it has a table.
     """
     if path.is_file():
         yield from _read_table(path.parent, path)
         return
+    listed: set[Path] = set()  # folders whose pictures a table tells of
     for place, names in _folders(path):
         tables = [name for name in TABLES if name in names]
+        if tables or place.parent in listed:
+            listed.add(place)
         for name in tables:
             yield from _read_table(path, place / name)
         found = set(names)
         for name in names:
             text = _caption(place / name)
-            if _is_picture(name) and (text.name in found or not tables):
+            if _is_picture(name) and (text.name in found or place not in listed):
                 yield _captioned(path, place / name, text)
 
 

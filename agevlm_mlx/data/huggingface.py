@@ -80,6 +80,7 @@ def read_huggingface(path: Path) -> Iterator[Record | Problem]:
 
 
 def _of_table(file: Path, name: str) -> Iterator[Record | Problem]:
+    number = 0
     try:
         columns = stored(file)
         known = Columns.of(list(columns), str(file))
@@ -97,7 +98,10 @@ def _of_table(file: Path, name: str) -> Iterator[Record | Problem]:
             except UserError as error:
                 yield Problem.of(error, where, identity)
     except Damaged as error:
-        raise UserError(f"{file}: {error}") from None
+        if not number:
+            raise UserError(f"{file}: {error}") from None
+        where = f"{file}: row {number + 1}"
+        yield Problem(where, f"{error}; the rest of the file is left out")
 
 
 def _to_count(parts: list[str], kind: str) -> list[str]:

@@ -3,6 +3,8 @@
 import re
 from collections.abc import Collection, Iterator, Mapping
 
+_WORD = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*")
+
 
 class NounVocabulary:
     """Finds known nouns in free text: lower case, punctuation ignored, the longest noun first.
@@ -20,7 +22,10 @@ class NounVocabulary:
         self._nouns = {form: noun for words, noun in said.items() for form in _with_plural(words)}
         # A plural rule may collide with a real noun (glass, glasses): the real one wins.
         self._nouns |= said
-        self._longest = max((len(form) for form in self._nouns), default=0)
+        #: First word -> words of the longest noun that begins with it.
+        self._longest: dict[str, int] = {}
+        for form in self._nouns:
+            self._longest[form[0]] = max(len(form), self._longest.get(form[0], 0))
 
     def mentions(self, text: str) -> list[str]:
         """The nouns of `text` in order, a repeated one each time it is said."""
@@ -31,7 +36,7 @@ class NounVocabulary:
         words, at = list(_spans(text)), 0
         said = [word for word, _, _ in words]
         while at < len(words):
-            for length in range(min(self._longest, len(words) - at), 0, -1):
+            for length in range(min(self._longest.get(said[at], 0), len(words) - at), 0, -1):
                 noun = self._nouns.get(tuple(said[at : at + length]))
                 if noun is not None:
                     yield noun, words[at][1], words[at + length - 1][2]
@@ -47,8 +52,10 @@ def _words(text: str) -> list[str]:
 
 def _spans(text: str) -> Iterator[tuple[str, int, int]]:
     """(word in lower case, start, end), without a possessive 's."""
-    for match in re.finditer(r"[^\W_]+(?:['\u2019-][^\W_]+)*", text):
-        word = re.sub(r"['\u2019][sS]$", "", match[0])
+    for match in _WORD.finditer(text):
+        word = match[0]
+        if word[-2:-1] in ("'", "\u2019") and word[-1] in "sS":
+            word = word[:-2]
         yield word.lower(), match.start(), match.start() + len(word)
 
 

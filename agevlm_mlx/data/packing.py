@@ -5,6 +5,10 @@ from typing import Protocol, TypeVar
 
 from .text_rows import round_up
 
+#: The length of a row at which self-attention over it counts as much as all else. Measured with
+#: small models (``scripts/measure_batches.py``); for wide ones it is longer, to little effect.
+_ATTENTION = 512
+
 
 class Sized(Protocol):
     def __len__(self) -> int: ...
@@ -46,4 +50,5 @@ def first_fit(texts: Sequence[T], length: int) -> list[list[T]]:
 
 
 def _cost(length: int) -> float:
-    return length
+    """What a row costs, in positions: its self-attention grows with the square of its length."""
+    return length * (1 + length / _ATTENTION)

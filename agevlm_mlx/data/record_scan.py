@@ -123,9 +123,12 @@ class Scan:
         if self.exclude is not None and path in self.exclude:
             return _EXCLUDED
         try:
-            if not image_exists(path) and self._beside is not None:
+            if image_exists(path):
+                return str(path)
+            if self._beside is not None:
                 path = inside(self._beside, name, where)
-            return str(path) if image_exists(path) else _MISSING
+                return str(path) if image_exists(path) else _MISSING
+            return _MISSING
         except OSError as error:
             raise UserError(f"{where}: {path}: {error.strerror}") from None
 

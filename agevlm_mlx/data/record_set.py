@@ -217,7 +217,6 @@ def _spooled(path: Path, known: Format, on_error: OnError, exclude: Excluded | N
             spool.write(line.encode())
             scan.add(Item(offset, len(line), number, json.loads(line)), f"{path}: record {one.id}")
             offset += len(line)
-        spool.flush()
     return scan
 
 

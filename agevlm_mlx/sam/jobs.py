@@ -13,7 +13,7 @@ from ..data.records import Phrase, Problem
 from ..errors import UserError
 from .index import StoreMeta, entry_text
 from .protocol import Prompt
-from .store import StoreWriter, image_sha256, prompt_key
+from .store import Store, StoreWriter, image_sha256, prompt_key
 from .writer import SHARD_BYTES
 
 #: Finished images whose files are hashed again when a run continues.
@@ -112,6 +112,16 @@ class Jobs:
         if self._on_error == "stop":
             raise problem.error()
         self._problems[problem] = None
+
+
+def complete(store: Store, jobs: Jobs) -> bool:
+    """Whether the store holds masks for all prompts of all jobs."""
+    for job in jobs:
+        if job.keys and not (job.key in store and set(job.keys) <= set(store.prompts(job.key))):
+            return False
+        if store.meta.feature_channels and job.key not in store:
+            return False
+    return True
 
 
 def image_key(image: Path, root: Path) -> str:

@@ -16,16 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from .. import config
 from ..errors import UserError, one_line
 from .architecture import (
     ADVICE,
-    CONFIG,
     EMBEDDED,
     PIXEL_MEAN,
     PIXEL_STD,
     WEIGHTS,
     Architecture,
+    folder_architecture,
     meta_architecture,
 )
 from .names import as_meta
@@ -137,7 +136,7 @@ class Teacher:
 
     `checkpoint` is None (the embedded teacher), a folder written by
     ``scripts/train_teacher.py``, one of Meta's files (``sam_vit_b_01ec64.pth`` ...), or the folder
-    or the .safetensors file of a Hugging Face ``SamModel`` of these sizes.
+    or the .safetensors file of a Hugging Face ``SamModel``.
     `model_type` (vit_b, vit_l, vit_h) is found from the weights; when given it is checked.
     `device` is mps, cuda or cpu; None takes the first of them that is there.
     """
@@ -157,14 +156,13 @@ class Teacher:
                 "the folder of a Hugging Face SamModel, or no --checkpoint"
             )
         state = _read_weights(weights)
-        if any(name.startswith("vision_encoder.") for name in state):
+        theirs = any(name.startswith("vision_encoder.") for name in state)
+        if path.is_dir():
+            self.architecture, theirs = folder_architecture(path, model_type)
+        if theirs:
             state = as_meta(state, weights)
-        table = config.read_json(path / CONFIG) if path.is_dir() else {}
-        self.architecture = (
-            config.from_dict(Architecture, table["architecture"], str(path))
-            if "architecture" in table
-            else meta_architecture(weights, _shapes(state), model_type)
-        )
+        if not path.is_dir():
+            self.architecture = meta_architecture(weights, _shapes(state), model_type)
         sam = build(self.architecture)
         try:
             sam.load_state_dict(state, strict=True)

@@ -288,16 +288,20 @@ def _tokenizer(
 ) -> TokenizerWrapper:
     """The tokenizer of the run to resume, or one made from the training texts; rank 0's."""
     with tempfile.TemporaryDirectory() as folder:  # mlx-lm's wrapper reads a folder
-        place = Path(folder) if run is None or not ranks.first else run
-        if run is None and ranks.first:
-            some = range(0, len(records), -(-len(records) // TOKENIZER_RECORDS))
-            texts = (turn.text for number in some for turn in records[number].turns)
-            build_tokenizer(texts, vocabulary).save_pretrained(folder)
-        files = place.glob("*tokenizer*") if ranks.size > 1 and ranks.first else ()
-        for name, text in ranks.share({f.name: f.read_text("utf-8") for f in files}).items():
+        aside = Path(folder)
+        if ranks.first:
+            if run is not None:
+                weights.load_tokenizer(run).save_pretrained(folder)
+            else:
+                some = range(0, len(records), -(-len(records) // TOKENIZER_RECORDS))
+                texts = (turn.text for number in some for turn in records[number].turns)
+                build_tokenizer(texts, vocabulary).save_pretrained(folder)
+        for name, text in ranks.share(
+            {f.name: f.read_text("utf-8") for f in aside.iterdir()}
+        ).items():
             if not ranks.first:
-                (Path(folder) / name).write_text(text, "utf-8")
-        tokenizer = weights.load_tokenizer(place)
+                (aside / name).write_text(text, "utf-8")
+        tokenizer = weights.load_tokenizer(aside)
     size = len(tokenizer)  # pyright: ignore[reportArgumentType]
     if size > vocabulary:
         raise UserError(

@@ -1,6 +1,5 @@
 """The teacher's labels that a run needs: found, made, and checked before the first step."""
 
-import hashlib
 import shlex
 import subprocess
 import sys
@@ -11,11 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from ..data.image import Preprocessor
-from ..data.image_files import image_bytes
 from ..data.record_set import Records
 from ..errors import UserError
-from ..sam.labelling import image_key
-from ..sam.store import Store
+from ..sam.jobs import Jobs, complete
+from ..sam.store import Store, image_sha256
 from .stages import Recipe
 
 #: Images whose files are hashed to see that a store belongs to the data.
@@ -44,7 +42,8 @@ class Labelling:
         """The checked store ``data.<key>`` at `path` for `data`; None if the recipe names none."""
         if path is None or data is None or records is None:
             return None
-        if not self._complete(path, records):
+        wanted = Jobs(records, every_image=features)
+        if not self._complete(path, wanted):
             if not self.recipe.data.teach:
                 command = shlex.join(self._command(path, data, features)[1:])
                 raise UserError(
@@ -57,11 +56,9 @@ class Labelling:
             self.say(f"teaching: SAM labels {data}")
             self._run(path, data, features)
         store = Store(path)
-        sample = records.images[:: max(len(records.images) // SAMPLE, 1)]
-        keys = {
-            image_key(image, records.root): hashlib.sha256(image_bytes(image)).hexdigest()
-            for image in sample
-        }
+        # What the teacher could not use is in the data, not in the store.
+        sample = [wanted[n] for n in range(0, len(wanted), max(len(wanted) // SAMPLE, 1))]
+        keys = {job.key: image_sha256(job.path) for job in sample if job.key in store}
         store.check(self.preprocessor.fingerprint(), self.grid, keys)
         if features and not store.meta.feature_channels:
             raise UserError(
@@ -93,16 +90,15 @@ class Labelling:
                     "label the data with `agevlm teach` and set data.store"
                 )
 
-    def _complete(self, path: Path, records: Records) -> bool:
-        if not (path / "index.json").is_file():
-            return False
-        store = Store(path)
-        return all(image_key(image, records.root) in store for image in records.images)
+    def _complete(self, path: Path, wanted: Jobs) -> bool:
+        return (path / "index.json").is_file() and complete(Store(path), wanted)
 
     def _command(self, path: Path, data: Path, features: bool) -> list[str]:
         command = [sys.executable, "-m", "agevlm_mlx.teach", f"--data={data}", f"--out={path}"]
         command += [f"--image-size={self.preprocessor.image_size}"]
         command += [f"--resize={self.preprocessor.resize}", f"--grid={self.grid[0]}x{self.grid[1]}"]
+        if self.recipe.data.on_error == "skip":
+            command.append("--on-error=skip")
         return [*command, "--features"] if features else command
 
     def _run(self, path: Path, data: Path, features: bool) -> None:

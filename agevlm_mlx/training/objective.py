@@ -180,7 +180,7 @@ def validate(
             guided = bool(group.weight.any())
             logits, attn_map = read_texts(model, seen, group, guided=guided, heads=heads)
             loss, weight = token_loss(logits, group.labels, group.loss_mask)
-            nll, tokens = nll + loss.item(), tokens + weight
+            nll, tokens = nll + float(np.array(loss)), tokens + weight
             if attn_map is not None:
                 kept = group.weight > 0
                 mean_map = attn_map.astype(mx.float32).mean(axis=(1, 2))

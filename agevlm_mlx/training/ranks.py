@@ -11,11 +11,12 @@ import json
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 
 from ..errors import UserError, one_line
 
@@ -66,7 +67,7 @@ class Ranks:
         if self.size == 1:
             return [float(v) for v in values]
         with self._answer():
-            total = mx.distributed.all_sum(mx.array(values, mx.float32), group=self._group)
+            total = mx.distributed.all_sum(mx.array(list(values), mx.float32), group=self._group)
             return np.array(total).tolist()
 
     def sum_gradients(self, grads: dict[str, mx.array]) -> dict[str, mx.array]:
@@ -77,8 +78,10 @@ class Ranks:
             summed = nn.average_gradients(
                 {name: g.astype(mx.float32) * self.size for name, g in grads.items()}, self._group
             )
-            mx.eval(summed)
-            return summed
+            # It makes a tree of dotted names.
+            flat = dict(cast(list[tuple[str, mx.array]], tree_flatten(summed)))
+            mx.eval(flat)
+            return flat
 
     def share(self, value: Any) -> Any:
         """Rank 0's `value`, anything that JSON can hold."""

@@ -14,6 +14,7 @@ from typing import IO, Any, Protocol, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_unflatten
 
 from ..data.batches import Batch
@@ -287,7 +288,7 @@ class Trainer:
         self.skipped += 1
         if self.recipe.train.on_nan == "skip" and self._in_a_row < MOST_SKIPPED:
             return
-        norms = {name: global_norm({name: g}).item() for name, g in grads.items()}
+        norms = {name: float(np.array(global_norm({name: g}))) for name, g in grads.items()}
         bad = [name for name, norm in norms.items() if not math.isfinite(norm)]
         largest = sorted((n for n in norms if n not in bad), key=lambda n: -norms[n])[:3]
         records = [record for batch in drawn for record in batch.record_ids]

@@ -112,6 +112,15 @@ def test_records_are_a_sequence(folder: Path) -> None:
             records[i]
 
 
+def test_the_records_of_an_image_are_in_order() -> None:
+    turns = (Turn("user", "a"), Turn("assistant", "b"))
+    images = random.Random(0).choices([Path(f"/x/{i}.png") for i in range(5)], k=1000)
+    records = Records.from_list(Record(str(n), i, turns) for n, i in enumerate(images))
+    for number, image in enumerate(records.images):
+        wanted = [n for n, one in enumerate(images) if one == image]
+        assert records.of_image(number).tolist() == wanted
+
+
 def test_an_empty_list_is_no_error() -> None:
     records = Records.from_list([])
     assert (len(records), list(records.images), records.kinds) == (0, [], [])
@@ -172,6 +181,17 @@ def test_items_are_found_wherever_the_buffer_ends(
         if not isinstance(one.value, Problem):  # half a letter
             assert one.value == value
             assert json.loads(data[one.offset : one.offset + one.length]) == value
+
+
+@pytest.mark.parametrize("chunk", range(1, 9))
+def test_numbers_are_not_cut_where_the_buffer_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    monkeypatch.setattr(record_lines, "_CHUNK", chunk)
+    values = [12345, 0.5, -0.25, 1e30, 1.5e-07, True, None, "é", [], {}]
+    path = array(tmp_path / "x.json", values)
+    with path.open("rb") as file:
+        assert [one.value for one in scan_array(file, path)] == values
 
 
 def test_windows_files(folder: Path) -> None:
@@ -320,12 +340,12 @@ WRONG_LINES = [
     ("[]", "expected an object, got list", None),
     (item(1, "../1.png"), "expected an image inside", "1"),
     (item(1, "9.png"), "image not found: ", "1"),
-    (item(1, "a" * 300), "", "1"),
+    (item(1, "a" * 300), "File name too long", "1"),
     (item(1, "1\0.png"), "expected the path of an image", "1"),
     (item(1, conversations=[]), "expected a list of messages", "1"),
     (item(1, phrases=[{"text": "x", "turn": 0, "start": 0, "end": 1}]), "the phrase 'x'", "1"),
     (item(1, phrases=[{"text": "W", "turn": 0, "start": 0, "end": 10**400}]), "the phrase", "1"),
-    (item(1, kind="\ud83d").__repr__().replace("'", '"'), "", None),
+    (item(1, kind="\ud83d"), "expected whole letters, got half of a surrogate pair", None),
     ('{"id": 1' + "0" * 5000 + "}", "malformed JSON", None),
 ]
 
@@ -344,7 +364,7 @@ def test_bad_lines_stop_or_are_listed(
     assert ids(records) == ["0", "0"]
     (problem,) = records.problems
     assert problem.where == f"{path}:3"
-    assert problem.problem.startswith(message)
+    assert message in problem.problem
     assert problem.record == known
     assert records.notes() == [f"{folder}: 1 of 3 records could not be used and are left out"]
     with pytest.raises(UserError) as caught:
@@ -424,11 +444,12 @@ def test_no_record_may_fill_the_memory(folder: Path, monkeypatch: pytest.MonkeyP
 
 def test_too_many_kinds(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(record_scan, "_KINDS", 2)
-    path = lines(folder / "x.jsonl", *(item(i, kind=str(i // 2)) for i in range(6)), item(0))
+    kinds = [item(i, kind=str(i // 2)) for i in range(6)]
+    path = lines(folder / "x.jsonl", *kinds, item(6, kind="0"))
     with pytest.raises(UserError, match=r"x\.jsonl:5: expected at most 2 kinds"):
         read_records(path)
     records = read_records(path, on_error="skip")
-    assert ids(records) == ["0", "1", "2", "3"]
+    assert ids(records) == ["0", "1", "2", "3", "6"]
     assert records.kinds == ["0", "1"]
 
 
@@ -449,8 +470,7 @@ def test_an_image_is_looked_for_once(folder: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(record_scan, "image_exists", exists)
     path = lines(folder / "x.jsonl", *map(item, range(40)), *(item(i, "9.png") for i in range(9)))
     assert len(read_records(path, on_error="skip").problems) == 9
-    assert sorted(set(asked)) == [folder / f"{i}.png" for i in (0, 1, 2, 3, 9)]
-    assert len(asked) <= 2 * 5
+    assert sorted(asked) == [folder / f"{i}.png" for i in (0, 1, 2, 3, 9)]
 
 
 def test_an_unreadable_file(folder: Path) -> None:
@@ -534,12 +554,12 @@ def test_a_file_that_changes_is_noticed(many: Records, folder: Path) -> None:
         many[299]
     path.write_bytes(data.replace(b"chen", b"lein"))
     assert many[5].turns[1].text == "Ein Hündlein 🐶 5"  # of the same length: nobody can tell
-    path.write_bytes(data.replace(b"human", b"gpt  "))
-    with pytest.raises(UserError, match="the file changed"):
-        many[5]
-    path.write_bytes(b"[" + b" " * len(data))
-    with pytest.raises(UserError, match="the file changed"):
-        many[5]
+    no_object = b"".join(b"[]" + b" " * (len(line) - 2) for line in data.splitlines(True))
+    for changed in (data.replace("ü".encode(), b"ue"), data.replace(b"human", b"robot"), no_object):
+        assert len(changed) == len(data)
+        path.write_bytes(changed)
+        with pytest.raises(UserError, match="the file changed"):
+            many[5]
 
 
 def test_close_gives_the_file_back(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""RefCOCO's phrases as records: what is asked, what is answered, and what may be odd in its files."""
+"""RefCOCO's phrases as records: what is asked and answered, and what may be odd in its files."""
 
 import json
 import pickle
@@ -43,7 +43,7 @@ def instances(**changed: Any) -> dict[str, Any]:
     """The table of instances; `changed`: fields of annotation 11."""
     rows = [
         {
-            "id": ann, "image_id": image, "category_id": 1, "bbox": [float(v) for v in (x, y, w, h)],
+            "id": ann, "image_id": image, "category_id": 1, "bbox": [x, y, w, h + 0.0],
             "segmentation": [[x, y, x + w - 1, y, x + w - 1, y + h - 1, x, y + h - 1]],
         }
         for ann, (image, (x, y, w, h)) in THINGS.items()
