@@ -164,13 +164,8 @@ def _start(run: Path, job: Job) -> None:
 
 def _dry_run(recipe: Recipe) -> int:
     job = prepare(recipe, teach=False)
-    print(f"{len(job.records):,} records, {recipe.steps} steps, token grid {job.model.grid}\n")
-    print(preview.parameter_table(job), end="\n\n")
-    for line in preview.measure(job):
+    for line in preview.lines(job, sys.stdout.isatty()):
         print(line, flush=True)
-    print("\nThe first image of each stage; [the loss is on this], ^ attention is guided here:")
-    for line in preview.batch_text(job, sys.stdout.isatty()):
-        print(line)
     return 0
 
 

@@ -92,14 +92,13 @@ class Causal(SmolvlmModel):
 
 def smolvlm(kind: type[SmolvlmModel], text: dict[str, Any], vision: dict[str, Any]) -> Any:
     """mlx-vlm's SmolVLM of these sizes; its last word stands for an image token."""
-    return kind(
-        smolvlm_config.ModelConfig(
-            smolvlm_config.TextConfig.from_dict({**text, "model_type": "smolvlm"}),
-            smolvlm_config.VisionConfig.from_dict(vision),
-            scale_factor=SHUFFLE,
-            image_token_id=text["vocab_size"] - 1,
-        )
+    config: Any = smolvlm_config.ModelConfig(
+        smolvlm_config.TextConfig.from_dict({**text, "model_type": "smolvlm"}),
+        smolvlm_config.VisionConfig.from_dict(vision),
+        scale_factor=SHUFFLE,
+        image_token_id=text["vocab_size"] - 1,
     )
+    return kind(config)
 
 
 def examples(batch: Batch, image_tokens: int, image_token: int) -> list[dict[str, Any]]:
@@ -176,10 +175,10 @@ def as_installed(text: dict[str, Any], vision: dict[str, Any], S: int) -> dict[s
     return found
 
 
-def kept(*trees: Any) -> int:
-    """Bytes of the arrays in `trees`."""
-    arrays = [value for tree in trees for _, value in tree_flatten(tree)]
-    return sum(value.nbytes for value in arrays if isinstance(value, mx.array))
+def arrays(*trees: Any) -> list[mx.array]:
+    """All arrays in `trees` of modules' parameters or optimisers' states."""
+    leaves = [value for tree in trees for _, value in tree_flatten(tree)]
+    return [value for value in leaves if isinstance(value, mx.array)]
 
 
 def ours(fusion: str, text: dict[str, Any], vision: dict[str, Any]) -> AgeVLM:
@@ -216,8 +215,8 @@ def compare(images: int, tokens: int, trials: int, tiny: bool) -> dict[str, Any]
             step()
             added = mx.get_peak_memory() - before
             # Before the first step, which warms up and is not recorded, there are no moments.
-            own = kept(step.model.parameters(), step.optimizer.state)
-            return sum(step.seconds), own + added
+            own = arrays(step.model.parameters(), step.optimizer.state)
+            return sum(step.seconds), sum(value.nbytes for value in own) + added
 
         return measure
 
@@ -228,7 +227,7 @@ def compare(images: int, tokens: int, trials: int, tiny: bool) -> dict[str, Any]
         whole = [seconds for seconds, _ in values]
         ratios = [a / b for (a, _), b in zip(theirs, whole, strict=True)]
         found[name] = {
-            "parameters": sum(v.size for _, v in tree_flatten(steps[name].model.parameters())),
+            "parameters": sum(value.size for value in arrays(steps[name].model.parameters())),
             "loss": steps[name].loss,
             "step": timing.summary(whole),
             "samples_per_second": images / timing.summary(whole)["median"],
@@ -247,12 +246,12 @@ def table(measured: dict[str, Any]) -> str:
         rows.append(
             [
                 name,
-                f"{told['parameters'] / 1e6:.0f}",
+                f"{told['parameters'] / 1e6:.3g}",
                 f"{told['loss']:.3f}",
                 f"{told['step']['median'] * 1e3:.0f}",
                 f"{told['samples_per_second']:.3g}",
                 f"{ratio:.2f} ({low:.2f} to {high:.2f})" if name.startswith("ours") else "1",
-                f"{told['peak_memory']['median'] / 1e9:.2f}",
+                f"{told['peak_memory']['median'] / 1e9:.3g}",
             ]
         )
     header = ["program", "million parameters", "loss", "step, ms", "samples/s"]

@@ -6,7 +6,6 @@ exactly what an undisturbed one would have seen. Everything here may be called b
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from threading import Lock
 from typing import Any, Literal
 
@@ -80,7 +79,7 @@ class Batches:
 
     def __init__(
         self,
-        records: Sequence[Record],
+        records: Records,
         tokenizer: Any,
         preprocessor: Preprocessor,
         grid: tuple[int, int],
@@ -93,10 +92,7 @@ class Batches:
         bucket: int = 0,
         pack: bool = False,
         on_error: Literal["stop", "skip"] = "stop",
-        root: Path | None = None,
     ) -> None:
-        if not isinstance(records, Records):
-            records = Records.from_list(records, root)
         self.records, self.tokenizer, self.preprocessor = records, tokenizer, preprocessor
         self.batch_size, self.groups, self.seed = batch_size, tuple(groups), seed
         self.flip, self.pack, self.on_error = flip, pack, on_error

@@ -109,7 +109,7 @@ class _Texts:
     def read(self) -> Iterator[Problem]:
         path = self.tables.path
         files: dict[int, str] = {}
-        bad: set[int] = set()
+        named: set[int] = set()
         found: set[str] = set()
         for key, item in self.tables.entries():
             found.add(key)
@@ -120,10 +120,9 @@ class _Texts:
                 entry = as_object(item.value, where)
                 if key == "images":
                     number = self.ids.number(entry.get("id"), where)
-                    bad.add(number)
+                    named.add(number)
                     name = text_in(entry, "file_name", where)
                     files[number] = str(inside(self.images, name, where))
-                    bad.remove(number)
                 else:
                     self.places.add(item, self.ids.number(entry.get("image_id"), where))
             except UserError as error:
@@ -132,7 +131,7 @@ class _Texts:
         self.key_of = list(self.ids.numbers)
         self.files = [files.get(number) for number in range(len(self.key_of))]
         for number, key in enumerate(self.key_of):
-            if self.files[number] is None and number not in bad:
+            if self.files[number] is None and number not in named:
                 for at, _, _ in self.places.of(number):
                     where = f"{path}: annotation {at}"
                     yield Problem(where, f"its image {key!r:.40} is not in 'images'")

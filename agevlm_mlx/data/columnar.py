@@ -74,19 +74,34 @@ def _rows(path: Path, batches: Callable[[], Iterator[Any]]) -> Iterator[tuple[in
     number = 0
     try:
         for batch in batches():
-            for at in range(batch.num_rows):
-                number += 1
-                try:
-                    one = batch.slice(at, 1)
-                    one.validate(full=True)  # or damaged offsets lead out of the memory
-                    row = one.to_pylist()[0]
-                except (ValueError, OverflowError) as error:  # text that is no UTF-8, odd dates
-                    row = f"cannot be read: {one_line(error)}"
-                yield number, row
+            for at in range(0, batch.num_rows, _BATCH):
+                part = batch.slice(at, _BATCH)
+                found = _values(part)
+                if found is None:  # one of the rows is damaged
+                    found = [_row(part.slice(n, 1)) for n in range(part.num_rows)]
+                for row in found:
+                    number += 1
+                    yield number, row
     except UserError:
         raise
     except Exception as error:  # on damaged data Arrow raises OSError, ValueError and its own
         raise Damaged(_damage(path, error)) from None
+
+
+def _values(batch: Any) -> list[Any] | None:
+    try:
+        batch.validate(full=True)  # or damaged offsets lead out of the memory
+        return batch.to_pylist()
+    except (ValueError, OverflowError):  # text that is no UTF-8, odd dates
+        return None
+
+
+def _row(one: Any) -> Any:
+    try:
+        one.validate(full=True)
+        return one.to_pylist()[0]
+    except (ValueError, OverflowError) as error:
+        return f"cannot be read: {one_line(error)}"
 
 
 def _damage(path: Path, error: Exception) -> str:

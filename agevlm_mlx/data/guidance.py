@@ -7,6 +7,7 @@ import numpy as np
 
 from ..errors import UserError
 from ..sam.index import prompt_key
+from ..sam.jobs import image_key
 from ..sam.targets import rle_decode
 from .image import Geometry
 from .records import Phrase
@@ -68,7 +69,7 @@ class Guidance:
         check_place(phrase, image, width, height)
         where = phrase.box or phrase.point
         if self._store is not None and where:
-            key = self._key(image)
+            key = image_key(image, self._root)
             try:
                 target = self._store.target(key, prompt_key(where))
             except KeyError:
@@ -91,7 +92,7 @@ class Guidance:
         """
         if self._store is None or not self._store.meta.feature_channels:
             return None
-        key = self._key(image)
+        key = image_key(image, self._root)
         try:
             rows = self._store.features(key)
         except KeyError:
@@ -101,9 +102,6 @@ class Guidance:
                 f"the store has no features for {key}; run `agevlm teach` on this data again"
             )
         return self._turned(rows, flip)
-
-    def _key(self, image: Path) -> str:
-        return image.relative_to(self._root).as_posix()
 
     def _turned(self, cells: np.ndarray, flip: bool) -> np.ndarray:
         """[S ...] of the token grid, mirrored left to right if `flip`."""

@@ -108,7 +108,8 @@ def _to_count(parts: list[str], kind: str) -> list[str]:
     """What has to be read of a column to know whether a row has one picture: not its bytes, if
     anything else is there."""
     light = [part for part in parts if part.endswith(".path")]
-    return light or (parts if kind.startswith(("list", "large_list", "string")) else [])
+    heavy = parts if kind.removeprefix("large_").startswith(("list", "string")) else []
+    return light or heavy
 
 
 def _image(
@@ -123,7 +124,7 @@ def _image(
             value = value[0]
         if value is None:
             raise UserError(f"{where}: expected a picture in {column!r}, got none")
-    if isinstance(value, str) and kind.startswith(("string", "large_string")):
+    if isinstance(value, str) and kind.removeprefix("large_").startswith("string"):
         if not value or "\0" in value:
             raise UserError(f"{where}: expected the name of a picture, got {value!r:.60}")
         return inside(file.parent, value, where)

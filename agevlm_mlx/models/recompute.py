@@ -113,7 +113,7 @@ def _checkpointed(run: Callable[..., list[mx.array]]) -> Callable[..., list[mx.a
         _, gradients = mx.vjp(run, given, list(slopes))
         return tuple(mx.depends(gradients, gradients))
 
-    return function
+    return cast(Any, function)
 
 
 def _place(module: nn.Module, params: list[tuple[str, mx.array]]) -> None:

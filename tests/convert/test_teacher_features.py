@@ -151,7 +151,6 @@ def test_training_reads_it(data, files, tmp_path, tiny_checkpoint):
         groups=[GroupSpec(kinds=("chat",), n=1)],
         seed=0,
         store=Store(tmp_path / "store"),
-        root=data,
     )
     batch = batches.batch(0)
     assert batch.sam_features is not None

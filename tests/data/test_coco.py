@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from agevlm_mlx.data import coco_nouns
 from agevlm_mlx.data.coco import read_coco
 from agevlm_mlx.data.outlines import instance_mask
 from agevlm_mlx.data.record_set import read_records
@@ -153,6 +154,12 @@ def test_coco_finds_whole_names_the_longest_first(
     assert all(caption[p.start : p.end] == p.text for p in record.phrases)
 
 
+def test_categories_of_other_data_sets_keep_their_names() -> None:
+    nouns = coco_nouns.of_classes(["Traffic_Light", "dog", "sofa", "mug"])
+    said = "Stoplights, a hot dog, a mug and a cup, a couch or sofa, a dog house, two puppies"
+    assert nouns.mentions(said) == ["Traffic_Light", "mug", "sofa", "dog"]
+
+
 def test_coco_names_what_is_absent_without_a_phrase(folder: Path) -> None:
     (record,) = coco(folder, "A dog and a cup", thing(3, 1, 1, 3, 3))
     assert [p.text for p in record.phrases] == ["cup"]
@@ -269,6 +276,7 @@ def captions_of(folder: Path, **tables: Any) -> list[Record | Problem]:
     [
         ({"annotations": [{"id": 9, "image_id": 5, "caption": " \n"}]}, "expected text in 'cap"),
         ({"annotations": [{"id": 9, "image_id": 5, "caption": 3}]}, "expected text in 'caption'"),
+        ({"annotations": [{"image_id": 5, "caption": "\ud83d"}]}, "1: expected whole letters"),
         ({"annotations": [{"id": 9, "image_id": 5}]}, "annotation 1: expected text in 'caption'"),
         ({"annotations": [{"id": 9, "caption": "x"}]}, "annotation 1: expected an id, got None"),
         ({"annotations": [{"image_id": 6, "caption": "x"}]}, "1: its image 6 is not in 'images'"),
@@ -333,6 +341,11 @@ def test_crowds_and_things_without_outline_belong_to_the_mask(folder: Path) -> N
     wanted = np.zeros((10, 20), bool)
     wanted[0:3, 0:3] = wanted[5:9, 10:14] = wanted[8:10, 0:3] = True
     np.testing.assert_array_equal(rle_decode(found.mask), wanted)
+    (record,) = coco(folder, "Dogs", thing(1, 0, 0, 3, 3), boxed)
+    assert record.phrases[0].mask is not None
+    wanted[5:9] = False
+    wanted[8:10, 0:3] = True
+    np.testing.assert_array_equal(rle_decode(record.phrases[0].mask), wanted)
     (record,) = coco(folder, "Dogs", boxed)  # detections only
     assert record.phrases[0].box == (0, 8, 3, 10)
     assert record.phrases[0].mask is None

@@ -27,9 +27,7 @@ def test_vocabulary_is_safe_for_words_plurals_and_punctuation():
 
 
 def test_irregular_plurals_of_any_vocabulary():
-    nouns = NounVocabulary(
-        ["snowman", "wolf", "wife", "tooth", "giraffe", "box", "person", "--"]
-    )
+    nouns = NounVocabulary(["snowman", "wolf", "wife", "tooth", "giraffe", "box", "person", "--"])
     said = "snowmen wolves wives teeth giraffes boxes people wolf"
     assert nouns.mentions(said) == [
         "snowman",
@@ -40,4 +38,14 @@ def test_irregular_plurals_of_any_vocabulary():
         "box",
         "person",
         "wolf",
+    ]
+
+
+def test_mentions_tell_where_they_stand():
+    text = "The DOG\u2019s hot-dog, two hot  dogs' \u0130 dog's"
+    found = list(NounVocabulary(["dog", "hot dog"]).find(text))
+    assert [(noun, text[start:end]) for noun, start, end in found] == [
+        ("dog", "DOG"),
+        ("hot dog", "hot  dogs"),
+        ("dog", "dog"),
     ]

@@ -274,13 +274,13 @@ def test_the_masks_are_those_of_segment_anything(checkpoint, size):
     from agevlm_mlx.sam.teacher import Teacher
 
     teacher = Teacher(checkpoint, device="cpu")
-    shares = {"pred_iou_thresh": 0.3, "stability_score_thresh": 0.3, "box_nms_thresh": 0.6}
+    shares = {"pred_iou_thresh": 0.05, "stability_score_thresh": 0.05, "box_nms_thresh": 0.8}
     settings = Automatic(points_per_side=8, **shares)
     image = picture(*size)
     generator = SamAutomaticMaskGenerator(teacher.sam, points_per_side=8, **shares)
     theirs = sorted(generator.generate(image), key=lambda mask: -mask["predicted_iou"])
     ours = find_masks(teacher.look(image), *size, settings)
-    assert len(theirs) > 3
+    assert len(theirs) >= 2
     assert len(ours.iou) == len(theirs)
     np.testing.assert_allclose(ours.iou, [m["predicted_iou"] for m in theirs], atol=1e-5)
     np.testing.assert_allclose(ours.stability, [m["stability_score"] for m in theirs], atol=1e-2)
@@ -295,11 +295,11 @@ def test_mlx_finds_the_masks_that_torch_finds(checkpoint):
     from agevlm_mlx.sam.mlx_teacher import MlxTeacher
     from agevlm_mlx.sam.teacher import Teacher
 
-    settings = Automatic(points_per_side=6, pred_iou_thresh=0.3, stability_score_thresh=0.3)
+    settings = Automatic(points_per_side=6, pred_iou_thresh=0.05, stability_score_thresh=0.05)
     image = picture(90, 128)
     torchs = find_masks(Teacher(checkpoint, device="cpu").look(image), 90, 128, settings)
     mlxs = find_masks(MlxTeacher(checkpoint).look(image), 90, 128, settings)
-    assert len(torchs.iou) == len(mlxs.iou) > 3
+    assert len(torchs.iou) == len(mlxs.iou) >= 2
     np.testing.assert_allclose(mlxs.iou, torchs.iou, atol=1e-3)
     for number in range(len(torchs.iou)):
         assert (mlxs.mask(number) == torchs.mask(number)).mean() > 0.995

@@ -1,7 +1,11 @@
 """`agevlm teach` with a teacher that needs no torch: it fills the box it is shown."""
 
 import json
+import os
+import shlex
+import subprocess
 import sys
+from collections import namedtuple
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -14,18 +18,16 @@ from agevlm_mlx.data.image import Preprocessor
 from agevlm_mlx.data.record_set import Records, read_records
 from agevlm_mlx.data.records import Phrase, Record, Turn
 from agevlm_mlx.errors import UserError
-from agevlm_mlx.sam import labelling
-from agevlm_mlx.sam.jobs import Job, Jobs
+from agevlm_mlx.sam import labelling, merging, progress, room, writer
+from agevlm_mlx.sam.automatic import Automatic
+from agevlm_mlx.sam.jobs import Job, Jobs, complete, survey
 from agevlm_mlx.sam.labelling import Labeller
+from agevlm_mlx.sam.launchers import launched
+from agevlm_mlx.sam.protocol import Candidates, Labels
 from agevlm_mlx.sam.store import Store, file_sha256
 from agevlm_mlx.sam.targets import rle_encode
 
-
-@dataclass(frozen=True)
-class Labels:
-    masks: np.ndarray
-    iou: np.ndarray
-    features: np.ndarray | None
+from .test_store import fill, old_store
 
 
 @dataclass
@@ -202,9 +204,14 @@ def test_prompts_come_from_boxes_then_points_and_a_ready_mask_needs_no_sam(tmp_p
     assert job.ready == {"box:1,1,3,3": mask}
 
 
-def test_a_phrase_with_nothing_to_show_sam_is_named(tmp_path):
+def test_a_phrase_with_nothing_to_show_sam_is_named_or_left_out(tmp_path):
+    nothing = record(tmp_path / "a.png", phrase(point=(1, 1)), phrase(), name="r7")
+    jobs = jobs_of(tmp_path, nothing, on_error="skip")
+    assert [job.keys for job in jobs] == [("point:1,1",)] == [job.keys for job in jobs]
+    (problem,) = jobs.problems
+    assert (problem.record, "has no box, point or mask" in problem.problem) == ("r7", True)
     with pytest.raises(UserError, match="record r7: the phrase 'dog' has no box, point or mask"):
-        list(jobs_of(tmp_path, record(tmp_path / "a.png", phrase(point=(1, 1)), phrase(), name="r7")))
+        list(jobs_of(tmp_path, nothing))
 
 
 def test_an_image_outside_the_data_folder_is_named(tmp_path):
@@ -265,6 +272,11 @@ def test_a_folder_can_be_verified_and_damage_is_found(data, tmp_path, capsys):
         (["--data", "nowhere"], "no such data folder"),
         (["--data", "{data}", "--model", "m", "--grid", "4x4"], "drop those flags"),
         (["--verify"], "expected a SAM store"),
+        (["--data", "{data}", "--backend", "mlx", "--device", "cpu"], "is for --backend torch"),
+        (["--data", "{data}", "--match-thresh", "0.4"], "--match-thresh: is for --prompt auto"),
+        (["--data", "{data}", "--prompt", "auto", "--match-thresh", "4"], "from 0 to 1"),
+        (["--data", "{data}", "--shard", "auto"], "mlx.launch or mpirun, got no number"),
+        (["--merge", "{data}"], "expected a SAM store"),
     ],
 )
 def test_what_cannot_work_is_one_line_and_exit_2(data, tmp_path, capsys, arguments, says):
@@ -279,7 +291,14 @@ def test_what_cannot_work_is_one_line_and_exit_2(data, tmp_path, capsys, argumen
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--grid", "8"], ["--shard", "3/2"], ["--shard", "all"], ["--limit", "0"], ["--prompt", "text"], []],
+    [
+        ["--grid", "8"],
+        ["--shard", "3/2"],
+        ["--shard", "all"],
+        ["--limit", "0"],
+        ["--prompt", "text"],
+        [],
+    ],
 )
 def test_flags_that_make_no_sense_say_so(data, tmp_path, capsys, arguments):
     with pytest.raises(SystemExit) as caught:
@@ -300,14 +319,50 @@ def test_data_without_phrases_is_explained(tmp_path, capsys):
     assert "got none to label" in capsys.readouterr().err
 
 
-def test_without_torch_the_extra_is_named(data, tmp_path, capsys, monkeypatch):
+def without_torch(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.delitem(sys.modules, "agevlm_mlx.sam.teacher", raising=False)
     monkeypatch.delitem(sys.modules, "agevlm_mlx.sam.torchvision_ops", raising=False)
-    assert teach.main(["--data", str(data), "--out", str(tmp_path / "s")]) == 2
+
+
+def test_without_torch_the_torch_backend_names_the_extra_and_the_other(
+    data, tmp_path, capsys, monkeypatch
+):
+    without_torch(monkeypatch)
+    words = ["--data", str(data), "--out", str(tmp_path / "s"), "--backend", "torch"]
+    assert teach.main(words) == 2
     error = capsys.readouterr().err
-    assert 'torch is not installed; run: pip install "agevlm-mlx[teacher]"' in error
+    assert 'run: pip install "agevlm-mlx[teacher]", or use --backend mlx' in error
     assert not (tmp_path / "s").exists()
+
+
+def test_without_torch_mlx_serves(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(teach.importlib.util, "find_spec", lambda name: None)
+    without_torch(monkeypatch)
+    words = ["--data", str(data), "--out", str(tmp_path / "s"), "--limit", "2", "--workers", "1"]
+    assert teach.main(words) == 0
+    assert len(Store(tmp_path / "s")) == 2
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "gpu", "missing", "chosen"),
+    [
+        ("auto", None, False, "", "torch"),
+        ("auto", None, True, "", "mlx"),
+        ("auto", None, False, "torchvision", "mlx"),
+        ("auto", "cpu", True, "", "torch"),
+        ("torch", None, True, "", "torch"),
+        ("mlx", None, False, "", "mlx"),
+    ],
+)
+def test_mlx_on_a_mac_or_without_torch_else_torch(
+    monkeypatch, wanted, device, gpu, missing, chosen
+):
+    import mlx.core as mx
+
+    monkeypatch.setattr(mx.metal, "is_available", lambda: gpu)
+    monkeypatch.setattr(teach.importlib.util, "find_spec", lambda n: None if n == missing else n)
+    assert teach.choose_backend(wanted, device) == chosen
 
 
 def test_limit_and_shards_choose_images(data, tmp_path, capsys, monkeypatch):
@@ -323,3 +378,338 @@ def test_limit_and_shards_choose_images(data, tmp_path, capsys, monkeypatch):
     ]
 
 
+def test_images_are_read_a_few_ahead_of_the_teacher(data, monkeypatch):
+    taken = []
+    jobs = Jobs(read_records(data))
+    labeller = Labeller(FakeTeacher(batch_size=2), Preprocessor(image_size=32), (4, 4))
+
+    def ask():
+        for job in [*jobs] * 10:
+            taken.append(job)
+            yield job
+
+    results = labelling.label_all(ask(), lambda: labeller, workers=1, batch_size=2)
+    next(results)
+    assert 2 <= len(taken) <= 2 + 2 * (2 + labelling.READERS)
+    assert len(list(results)) == 99
+
+
+def test_shards_made_apart_merge_into_the_store_of_one_machine(data, tmp_path, capsys):
+    run(data, tmp_path / "whole", FakeTeacher(), features=True)
+    shards = []
+    for k in range(3):
+        preprocessor = Preprocessor(image_size=32)
+        make = teach.MakeLabeller(preprocessor=preprocessor, grid=(4, 4), features=True)
+        labeller = Labeller(FakeTeacher(), preprocessor, (4, 4), True)
+        jobs = Jobs(read_records(data), every_image=True).part(k, 3)
+        shards.append(tmp_path / f"shard{k}")
+        teach.teach(jobs, make, shards[-1], labeller=labeller)
+    assert [len(Store(shard)) for shard in shards] == [4, 3, 3]
+    assert teach.main(["--merge", *map(str, shards), "--out", str(tmp_path / "merged")]) == 0
+    assert "10 images from 3 stores" in capsys.readouterr().out
+    assert contents(tmp_path / "merged") == contents(tmp_path / "whole")
+    # In another order, and again into the same store: the same labels.
+    again = ["--merge", *map(str, reversed(shards)), "--out", str(tmp_path / "merged")]
+    assert teach.main(again) == 0
+    assert contents(tmp_path / "merged") == contents(tmp_path / "whole")
+
+
+def test_stores_that_do_not_fit_are_not_merged(data, tmp_path, capsys):
+    run(data, tmp_path / "one", FakeTeacher())
+    run(data, tmp_path / "other", FakeTeacher(fingerprint="1" * 64))
+    stores = [str(tmp_path / "one"), str(tmp_path / "other")]
+    assert teach.main(["--merge", *stores, "--out", str(tmp_path / "no")]) == 2
+    assert "cannot be merged" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+
+
+def test_another_file_under_the_same_name_is_not_merged(data, tmp_path, capsys):
+    run(data, tmp_path / "one", FakeTeacher())
+    Image.new("RGB", (40, 20), "white").save(data / "images/7.png")
+    run(data, tmp_path / "other", FakeTeacher())
+    stores = [str(tmp_path / "one"), str(tmp_path / "other")]
+    assert teach.main(["--merge", *stores, "--out", str(tmp_path / "no")]) == 2
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if "another file" in line]
+    assert error.startswith(f"error: {tmp_path}/other: image images/7.png is another file")
+    assert not (tmp_path / "no").exists()
+    assert teach.main(["--merge", stores[0], "--out", str(tmp_path / "no")]) == 0
+    assert teach.main(["--merge", stores[1], "--out", str(tmp_path / "no")]) == 2
+    assert "image images/7.png is another file" in capsys.readouterr().err
+
+
+def test_an_image_of_two_stores_gets_the_masks_of_both(data, tmp_path):
+    run(data, tmp_path / "one", FakeTeacher(), features=True)
+    text = (data / "data.jsonl").read_text().replace("[3, 0, 23, 20]", "[4, 0, 10, 10]")
+    (data / "data.jsonl").write_text(text)
+    run(data, tmp_path / "two", FakeTeacher(), features=True)
+    stores = [str(tmp_path / "one"), str(tmp_path / "two")]
+    assert teach.main(["--merge", *stores, "--out", str(tmp_path / "both")]) == 0
+    one, two, both = (Store(tmp_path / name) for name in ("one", "two", "both"))
+    assert both.prompts("images/3.png") == ("box:3,0,23,20", "box:4,0,10,10")
+    for store in (one, two):
+        for key in store:
+            for prompt in store.prompts(key):
+                assert np.array_equal(both.target(key, prompt), store.target(key, prompt))
+
+
+def test_a_merge_that_is_killed_continues(data, tmp_path, monkeypatch):
+    jobs = Jobs(read_records(data))
+    make = teach.MakeLabeller(preprocessor=Preprocessor(image_size=32), grid=(4, 4))
+    shards = [tmp_path / "1", tmp_path / "2"]
+    for k, shard in enumerate(shards):
+        labeller = Labeller(FakeTeacher(), make.preprocessor, (4, 4))
+        teach.teach(jobs.part(k, 2), make, shard, labeller=labeller)
+    merging.merge_stores(shards, tmp_path / "whole")
+    add, added = writer.StoreWriter.add, []
+
+    def dying(self, *arguments, **options):
+        if len(added) == 6:
+            self.flush()
+            self._lock.close()  # as the system does for a dead process
+            monkeypatch.setattr(self, "close", lambda: None)
+            raise RuntimeError("killed")
+        added.append(arguments)
+        add(self, *arguments, **options)
+
+    monkeypatch.setattr(writer.StoreWriter, "add", dying)
+    with pytest.raises(RuntimeError, match="killed"):
+        merging.merge_stores(shards, tmp_path / "merged")
+    monkeypatch.undo()
+    assert len(Store(tmp_path / "merged")) == 6
+    assert merging.merge_stores(shards, tmp_path / "merged") == 10
+    assert contents(tmp_path / "merged") == contents(tmp_path / "whole")
+
+
+def test_a_store_of_format_1_becomes_one_of_today(data, tmp_path):
+    old_store(tmp_path / "old", range(6))
+    fill(tmp_path / "new", range(6))
+    assert teach.main(["--merge", str(tmp_path / "old"), "--out", str(tmp_path / "copy")]) == 0
+    assert contents(tmp_path / "copy") == contents(tmp_path / "new")
+
+
+def spoiled(data: Path) -> None:
+    """Damage: an image cut off, one without a record that can be read, a box far outside."""
+    path = data / "images/2.png"
+    noise = np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8)
+    Image.fromarray(noise).save(path)
+    path.write_bytes(path.read_bytes()[:1500])
+    lines = (data / "data.jsonl").read_text().splitlines()
+    lines = [line.replace("[5, 0, 25, 20]", "[5, 0, 99, 20]") for line in lines]
+    lines[8:10] = ["{", "[]"]  # image 4
+    (data / "data.jsonl").write_text("\n".join(lines))
+
+
+def test_bad_images_and_records_stop_or_are_left_out_and_listed(data, tmp_path, capsys):
+    good = (data / "images/2.png").read_bytes(), (data / "data.jsonl").read_text()
+    spoiled(data)
+    store = tmp_path / "store"
+    words = ["--data", str(data), "--out", str(store), "--backend", "mlx", "--workers", "1"]
+    assert teach.main(words) == 2
+    assert "data.jsonl:9: malformed JSON" in capsys.readouterr().err
+    words += ["--on-error", "skip"]
+    assert teach.main(words) == 0
+    said = capsys.readouterr().out
+    assert f"4 left out, listed in {store}/bad_records.jsonl" in said
+    bad = [json.loads(line) for line in (store / "bad_records.jsonl").read_text().splitlines()]
+    assert [entry["where"] for entry in bad] == [
+        f"{data}/data.jsonl:9",
+        f"{data}/data.jsonl:10",
+        f"{data}/images/2.png",
+        f"{data}/images/5.png",
+    ]
+    assert "expected a box inside the image of 40 x 20 pixels" in bad[3]["problem"]
+    assert list(Store(store)) == [f"images/{i}.png" for i in (0, 1, 3, 6, 7, 8, 9)]
+    # Mended: what was left out is labelled, and the list goes.
+    (data / "images/2.png").write_bytes(good[0])
+    (data / "data.jsonl").write_text(good[1])
+    assert teach.main(words) == 0
+    assert len(Store(store)) == 10
+    assert not (store / "bad_records.jsonl").exists()
+
+
+def test_a_disk_too_small_for_the_store_is_said_before_it_starts(data, tmp_path, monkeypatch):
+    free = namedtuple("usage", "total used free")(10**9, 10**9, 900)
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: free)
+    teacher = FakeTeacher()
+    with pytest.raises(
+        UserError, match=r"about 0\.0 MB of free disk space, got 0\.0 MB; free some"
+    ):
+        run(data, tmp_path / "store", teacher)
+    assert not teacher.seen
+
+
+def test_the_forecast_is_the_size(data, tmp_path):
+    for features in (False, True):
+        out = tmp_path / f"store{features}"
+        run(data, out, FakeTeacher(), features=features)
+        plan = survey(Jobs(read_records(data)), Store(out).meta)
+        assert (plan.total, plan.prompts) == (10, 10)
+        shard = next(out.glob("shard-*")).stat().st_size
+        assert shard == pytest.approx(plan.size, rel=0.15)  # ten images: the header counts
+
+
+def test_a_store_is_complete_when_it_holds_every_prompt(data, tmp_path):
+    jobs = Jobs(read_records(data))
+    run(data, tmp_path / "store", FakeTeacher(interrupt_after=10**6))
+    assert complete(Store(tmp_path / "store"), jobs)
+    text = (data / "data.jsonl").read_text().replace("[3, 0, 23, 20]", "[4, 0, 10, 10]", 1)
+    (data / "data.jsonl").write_text(text)
+    assert not complete(Store(tmp_path / "store"), Jobs(read_records(data)))
+
+
+@dataclass
+class FakeLook:
+    """The left half, the right half and the lower half of any image; three masks a point."""
+
+    image: np.ndarray
+    features: np.ndarray = field(default_factory=lambda: np.ones((4, 4, 2), np.float32))
+
+    def candidates(self, points, *, min_iou, min_stability, offset=1.0):
+        height, width = self.image.shape[:2]
+        masks = np.zeros((3, height, width), bool)
+        masks[0, :, : width // 2], masks[1, :, width // 2 :], masks[2, height // 2 :] = 1, 1, 1
+        iou = np.array([0.9, 0.95, 0.92], np.float32)
+        return Candidates(masks, iou, np.ones(3, np.float32))
+
+
+class LookingTeacher(FakeTeacher):
+    def look(self, image):
+        self.seen.append(image.shape)
+        return FakeLook(image)
+
+
+def run_auto(data: Path, out: Path, teacher: FakeTeacher, **settings) -> int:
+    preprocessor, automatic = Preprocessor(image_size=32), Automatic(points_per_side=4, **settings)
+    make = teach.MakeLabeller(preprocessor=preprocessor, grid=(4, 4), automatic=automatic)
+    labeller = Labeller(teacher, preprocessor, (4, 4), automatic=automatic)
+    return teach.teach(Jobs(read_records(data), "auto"), make, out, labeller=labeller)
+
+
+def test_automatic_masks_are_stored_under_the_phrases_own_keys(data, tmp_path, capsys):
+    teacher = LookingTeacher()
+    assert run_auto(data, tmp_path / "store", teacher) == 0
+    assert len(teacher.seen) == 10
+    store = Store(tmp_path / "store")
+    assert store.meta.prompt.startswith("auto 4x4 points")
+    # The box 0..20 of the 40 x 20 picture is its left half, 9..29 is no mask's own box.
+    left = np.zeros((4, 4))
+    left[1:3, :2] = 1
+    np.testing.assert_allclose(store.target("images/0.png", "box:0,0,20,20").reshape(4, 4), left)
+    assert store.iou("images/0.png", "box:0,0,20,20") == pytest.approx(0.9, abs=1e-3)
+    assert not store.target("images/9.png", "box:9,0,29,20").any()
+    assert store.iou("images/9.png", "box:9,0,29,20") == 0
+    assert "no automatic mask fits 3 of 10 phrases" in capsys.readouterr().out
+    again = LookingTeacher()
+    run_auto(data, tmp_path / "store", again)
+    assert not again.seen
+    with pytest.raises(UserError, match=r"another prompt .*match 0\.5, this run has .*match 0\.6"):
+        run_auto(data, tmp_path / "store", again, match_thresh=0.6)
+
+
+@pytest.mark.parametrize(
+    ("environment", "hosts", "place"),
+    [
+        ({"MLX_RANK": "0", "MLX_WORLD_SIZE": "3"}, None, (1, 3)),
+        ({"MLX_RANK": "1"}, [["127.0.0.1:5000"], ["127.0.0.1:5001"]], (2, 2)),
+        ({"MLX_RANK": "0"}, "", (1, 1)),
+        ({"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4"}, None, (4, 4)),
+        ({"PMI_RANK": "0", "PMI_SIZE": "2"}, None, (1, 2)),
+    ],
+)
+def test_the_launcher_says_which_shard_is_whose(tmp_path, environment, hosts, place):
+    if hosts is not None:
+        (tmp_path / "hosts").write_text(json.dumps(hosts) if hosts else "")
+        environment = {**environment, "MLX_HOSTFILE": str(tmp_path / "hosts")}
+    assert launched(environment) == place
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {"MLX_RANK": "0"},
+        {"MLX_RANK": "0", "MLX_HOSTFILE": "/nowhere"},
+        {"MLX_RANK": "2", "MLX_WORLD_SIZE": "2"},
+        {"MLX_RANK": "x", "MLX_WORLD_SIZE": "2"},
+    ],
+)
+def test_without_a_launcher_a_shard_has_to_be_said(environment):
+    with pytest.raises(UserError, match="pass --shard K/N"):
+        launched(environment)
+
+
+def test_each_process_of_a_launcher_writes_a_store_and_says_how_to_join_them(
+    data, tmp_path, capsys, monkeypatch
+):
+    words = ["--data", str(data), "--out", str(tmp_path / "s"), "--backend", "mlx"]
+    assert teach.main([*words, "--workers", "1"]) == 0
+    for rank in range(2):
+        monkeypatch.setenv("MLX_RANK", str(rank))
+        monkeypatch.setenv("MLX_WORLD_SIZE", "2")
+        assert teach.main([*words, "--workers", "1", "--shard", "auto"]) == 0
+    command = capsys.readouterr().out.splitlines()[-1].rpartition("agevlm teach ")[2]
+    assert command == f"--merge {tmp_path}/s-1-of-2 {tmp_path}/s-2-of-2 --out {tmp_path}/s"
+    whole = contents(tmp_path / "s")
+    for path in (tmp_path / "s").iterdir():
+        path.unlink()
+    assert teach.main(shlex.split(command)) == 0
+    assert set(contents(tmp_path / "s")) == set(whole)
+    assert list(Store(tmp_path / "s")) == [f"images/{i}.png" for i in range(10)]
+
+
+@pytest.mark.e2e
+def test_two_processes_at_once_make_the_store_of_one(data, tmp_path):
+    (tmp_path / "hosts").write_text(json.dumps([["127.0.0.1:1"], ["127.0.0.1:2"]]))
+    words = [sys.executable, "-m", "agevlm_mlx.teach", "--data", str(data), "--backend", "mlx"]
+    words += ["--workers", "1", "--features", "--out"]
+    runs = [
+        subprocess.Popen(
+            [*words, str(tmp_path / "s"), "--shard", "auto"],
+            env={**os.environ, "MLX_RANK": str(rank), "MLX_HOSTFILE": str(tmp_path / "hosts")},
+            cwd=Path(__file__).parents[2],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for rank, process in enumerate(runs):
+        said, _ = process.communicate(timeout=120)
+        assert process.returncode == 0
+        assert f"s-{rank + 1}-of-2: shard {rank + 1} of 2; when all are made" in said
+    shards = [str(tmp_path / f"s-{k}-of-2") for k in (1, 2)]
+    assert teach.main(["--merge", *shards, "--out", str(tmp_path / "s")]) == 0
+    assert teach.main([*words[3:], str(tmp_path / "one")]) == 0
+    one, joined = Store(tmp_path / "one"), Store(tmp_path / "s")
+    assert list(one) == list(joined)
+    for key in one:
+        mine, its = one.rows(key), joined.rows(key)
+        np.testing.assert_allclose(mine["coverage"], its["coverage"], atol=0.02)
+        np.testing.assert_allclose(mine["features"], its["features"], atol=0.02)
+
+
+def test_progress_on_a_pipe_is_a_line_every_ten_seconds(capsys, monkeypatch):
+    clock = iter([100.0, 104.0, 111.0, 112.0, 113.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    line = progress.Progress(23)
+    for done in (1, 5, 12, 13, 23):
+        line.show(done)
+    assert capsys.readouterr().err.splitlines() == [
+        "images 12/23  1.0/s  11 s left",
+        "images 23/23  1.7/s",
+    ]
+
+
+def test_progress_gives_hours_and_says_nothing_of_what_was_quick(capsys, monkeypatch):
+    clock = iter([0.0, 11.0, 60.0, 0.0, 1.0, 2.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock) + 100)
+    line = progress.Progress(100_000)
+    for done in (1, 12, 61):
+        line.show(done)
+    assert [said.split("  ")[2] for said in capsys.readouterr().err.splitlines()] == [
+        "27 h 46 min left",
+        "27 h 45 min left",
+    ]
+    line = progress.Progress(3, brief=True)
+    for done in (1, 2, 3):
+        line.show(done)
+    assert capsys.readouterr().err == ""

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from agevlm_mlx.sam.targets import mask_iou
 
 torch = pytest.importorskip("torch")
 
-
+from agevlm_mlx.sam import teacher as sam_teacher  # noqa: E402
 from agevlm_mlx.sam.teacher import Teacher, build, decode  # noqa: E402
 from agevlm_mlx.sam.torchvision_ops import nms  # noqa: E402
 
@@ -149,6 +150,82 @@ def test_meta_sizes_are_metas():
     assert shapes == {name: tuple(t.shape) for name, t in theirs.state_dict().items()}
     for name, block in enumerate(ours.image_encoder.blocks):
         assert block.window_size == theirs.image_encoder.blocks[name].window_size
+
+
+@pytest.mark.parity
+def test_a_hugging_face_folder_or_file_gives_its_own_models_masks(tmp_path, monkeypatch):
+    import transformers  # pyright: ignore[reportMissingImports]
+
+    sizes = transformers.SamConfig(
+        vision_config={
+            "hidden_size": 32,
+            "output_channels": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 64,
+            "patch_size": 8,
+            "window_size": 4,
+            "global_attn_indexes": [1],
+            "mlp_dim": 128,
+            "num_pos_feats": 16,
+        },
+        prompt_encoder_config={"hidden_size": 32, "image_size": 64, "patch_size": 8},
+        mask_decoder_config={
+            "hidden_size": 32,
+            "mlp_dim": 32,
+            "num_attention_heads": 2,
+            "iou_head_hidden_dim": 16,
+            "layer_norm_eps": 1e-5,  # as these models were trained, not transformers' default
+        },
+    )
+    theirs = transformers.SamModel(sizes).eval()
+    for parameter in theirs.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    theirs.save_pretrained(tmp_path / "hf")
+    teacher = Teacher(tmp_path / "hf", device="cpu")
+    assert teacher.architecture == replace(SMALL, mlp_ratio=4.0)
+    pixels, box = torch.randn(1, 3, 64, 64), torch.tensor([[10.0, 12, 50, 60]])
+    with torch.inference_mode():
+        expected = theirs(pixel_values=pixels, input_boxes=box[None], multimask_output=False)
+        embedding = teacher.sam.image_encoder(pixels)
+        logits, iou = decode(teacher.sam, embedding, box, torch.tensor([True]))
+    torch.testing.assert_close(logits[:, :1], expected.pred_masks[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(iou[:, :1], expected.iou_scores[0], atol=1e-4, rtol=1e-4)
+    monkeypatch.setitem(META, "vit_b", teacher.architecture)
+    file = Teacher(tmp_path / "hf/model.safetensors", device="cpu")
+    same = zip(file.sam.state_dict().values(), teacher.sam.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in same)
+
+
+def test_a_look_gives_the_masks_of_the_points(checkpoint):
+    teacher, image = Teacher(checkpoint, device="cpu"), noise(40, 90)
+    look, points = teacher.look(image), np.array([[20.0, 20.0], [70, 5], [3, 39]])
+    np.testing.assert_allclose(look.features, teacher.features(image), atol=1e-5)
+    every = look.candidates(points, min_iou=-9, min_stability=0)
+    assert every.masks.shape == (9, 40, 90)  # three a point
+    masks, iou = teacher.masks(image, points.tolist())
+    for number in range(3):
+        three = slice(3 * number, 3 * number + 3)
+        best = every.iou[three].argmax()
+        assert every.iou[three][best] == pytest.approx(iou[number], abs=1e-5)
+        assert (every.masks[three][best] == masks[number]).mean() > 0.999
+    limit = float(np.median(every.iou))
+    some = look.candidates(points, min_iou=limit, min_stability=0)
+    assert np.array_equal(some.masks, every.masks[every.iou > limit])
+    limit = float(np.median(every.stability))
+    some = look.candidates(points, min_iou=-9, min_stability=limit)
+    assert np.array_equal(some.masks, every.masks[every.stability >= limit])
+    assert look.candidates(points, min_iou=9, min_stability=0).masks.shape == (0, 40, 90)
+
+
+def test_a_large_picture_is_asked_about_in_pieces(checkpoint, monkeypatch):
+    teacher, points = Teacher(checkpoint, device="cpu"), np.array([[20.0, 20.0], [70, 5]])
+    look = teacher.look(noise(40, 90))
+    together = look.candidates(points, min_iou=-9, min_stability=0)
+    monkeypatch.setattr(sam_teacher, "_PIXELS", 1)
+    alone = look.candidates(points, min_iou=-9, min_stability=0)
+    assert np.array_equal(together.masks, alone.masks)
+    np.testing.assert_array_equal(together.stability, alone.stability)
 
 
 class Malicious:
@@ -318,7 +395,8 @@ def test_kill_9_in_the_middle_and_the_same_command_again(scenes, tmp_path):
     run = subprocess.Popen([sys.executable, "-c", quick, *words], cwd=root, text=True)
     try:
         deadline = time.monotonic() + 120
-        while not (tmp_path / "killed/index.json").exists() and time.monotonic() < deadline:
+        tail = tmp_path / "killed/tail-00000-0.bin"
+        while not (tail.exists() and tail.stat().st_size) and time.monotonic() < deadline:
             time.sleep(0.05)
     finally:
         run.send_signal(signal.SIGKILL)

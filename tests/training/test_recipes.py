@@ -1,15 +1,18 @@
 """Every shipped recipe loads, builds its model, and trains exactly what it says."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 
 from agevlm_mlx import config
 from agevlm_mlx.config import ModelConfig
 from agevlm_mlx.models.agevlm import AgeVLM
-from agevlm_mlx.training.rules import named_parameters, trainable_names
+from agevlm_mlx.training.rules import match_rules, named_parameters, trainable_names
 from agevlm_mlx.training.stages import Losses, Recipe, read_recipe, shipped_recipes
 
+ROOT = Path(__file__).parents[2]
 FROM_SCRATCH = {"language_model", "multi_modal_projector"}
 ALL = FROM_SCRATCH | {"vision_tower"}
 #: (recipe, stage) -> the parts of the model it trains, whole.
@@ -73,3 +76,19 @@ def test_the_two_arms_differ_in_fusion_and_guidance_only():
         )
 
     assert common(guided) == common(concat)
+
+
+def test_the_recipe_in_the_documentation_is_one(tmp_path: Path):
+    text = (ROOT / "docs/training.md").read_text()
+    (tmp_path / "coco.toml").write_text(re.search(r"```toml\n(.*?)```", text, re.DOTALL)[1])
+    recipe = read_recipe(str(tmp_path / "coco.toml"))
+    assert [stage.name for stage in recipe.stages] == ["align", "guide"]
+    names = (
+        "vision_tower.patch.weight",
+        "multi_modal_projector.fc1.weight",
+        "language_model.model.layers.2.cross_attn.gate",
+        "language_model.model.layers.2.self_attn.q_proj.lora_a",
+        "language_model.model.layers.2.self_attn.q_proj.linear.weight",
+    )
+    scales = [match_rules(names, stage.trainable, "x") for stage in recipe.stages]
+    assert [list(own.values()) for own in scales] == [[0, 1, 1, 0, 0], [0, 1, 1, 1, 0]]

@@ -102,7 +102,7 @@ class VitEncoder(nn.Module):
         size = self.config.image_size
         if (Hi, Wi) != (size, size):
             raise ValueError(f"expected {size}x{size} pixels, got {Hi}x{Wi}")
-        x = _merge_cells(pixels, self.stride)
+        x = _merge_cells(pixels.astype(self.patch_embed.weight.dtype), self.stride)
         x = self.patch_embed(x)
         x = x + self.stem_conv2(nn.relu(self.stem_conv1(x)))
         x = self.merge(_merge_cells(x, 2)).reshape(B, -1, self.width)
