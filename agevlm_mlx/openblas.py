@@ -31,3 +31,10 @@ def preload() -> str | None:
             continue
         return name
     return None
+
+
+def set_threads(count: int) -> None:
+    """Let the OpenBLAS that `preload` opened, if it did, use `count` threads in this process."""
+    function = getattr(ctypes.CDLL(None), "openblas_set_num_threads", None)
+    if function is not None:
+        function(count)

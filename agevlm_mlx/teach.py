@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from . import errors
+from . import errors, openblas
 from .data.image import Preprocessor
 from .data.record_set import OnError, read_records, write_problems
 from .data.records import Problem
@@ -91,6 +91,8 @@ class MakeLabeller:
         if self.backend == "mlx":
             from .sam.mlx_teacher import MlxTeacher
 
+            if self.threads:
+                openblas.set_threads(self.threads)
             return MlxTeacher(self.checkpoint, self.model_type)
         from .sam.teacher import Teacher, set_threads
 

@@ -1,7 +1,7 @@
 """What the phrases of a record should look at: a teacher's masks from a store, or their own."""
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -51,6 +51,13 @@ def own_mask(phrase: Phrase, image: Path, width: int, height: int) -> np.ndarray
     return mask
 
 
+def unfit(covered: float, geometry: Geometry, cells: int) -> Literal["small", "large"] | None:
+    """Why a mask that covers so many of the grid's `cells` guides nothing; None if it guides."""
+    if covered < _SMALLEST:
+        return "small"
+    return "large" if covered > _LARGEST * geometry.filled * cells else None
+
+
 class Guidance:
     """Targets on the token grid `grid`, from `store` (image keys relative to `root`) if given,
     else from the masks of the records."""
@@ -81,7 +88,7 @@ class Guidance:
             target = geometry.mask_to_grid(own_mask(phrase, image, width, height), self._grid)
         else:
             return None
-        if not _SMALLEST <= target.sum() <= _LARGEST * geometry.filled * target.size:
+        if unfit(float(target.sum()), geometry, target.size):
             return None
         return self._turned(target, flip)
 

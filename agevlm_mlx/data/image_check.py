@@ -12,7 +12,7 @@ from .guidance import check_place, own_mask
 from .image import load_image
 from .image_files import image_bytes
 from .record_set import Records
-from .records import Problem
+from .records import Phrase, Problem
 
 
 def check_images(records: Records, most: int = 2000) -> list[Problem]:
@@ -35,10 +35,18 @@ def _check(records: Records, image: int) -> Iterator[Problem]:
         return
     for number in numbers[records.guided[numbers]]:
         record = records[int(number)]
-        try:
-            for phrase in record.phrases:
-                check_place(phrase, path, width, height)
-                if phrase.mask is not None:
-                    own_mask(phrase, path, width, height)
-        except UserError as error:
-            yield Problem.of(error, str(path), record.id)
+        found = (misplaced(phrase, path, width, height) for phrase in record.phrases)
+        problem = next(filter(None, found), None)
+        if problem is not None:
+            yield Problem(str(path), problem, record.id)
+
+
+def misplaced(phrase: Phrase, image: Path, width: int, height: int) -> str | None:
+    """What is wrong with the phrase's box, point or mask in its image of width x height px."""
+    try:
+        check_place(phrase, image, width, height)
+        if phrase.mask is not None:
+            own_mask(phrase, image, width, height)
+    except UserError as error:
+        return str(error).removeprefix(f"{image}: ")
+    return None

@@ -14,6 +14,16 @@ from .stored import Stored
 OnError = Literal["stop", "skip"]
 _KINDS = 1 << 15  # their numbers are i16
 _EXCLUDED, _MISSING = -1, -2
+#: How the problem of a record begins whose image is not there; the image's path follows.
+NOT_FOUND = "image not found: "
+
+
+class NoRecords(UserError):
+    """Not one record can be used; `problems` are those of the bad ones."""
+
+    def __init__(self, message: str, problems: list[Problem]) -> None:
+        super().__init__(message)
+        self.problems = problems
 
 
 class Index:
@@ -111,7 +121,7 @@ class Scan:
                 self.index.add(record, image)
                 self.source.stored.add(item.offset, item.length, item.number)
             elif self.on_error == "skip":  # else all of them are counted first
-                raise UserError(f"{where}: image not found: {self.root / name}")
+                raise UserError(f"{where}: {NOT_FOUND}{self.root / name}")
         except UserError as error:
             known = item.value.get("id") if isinstance(item.value, dict) else None
             return Problem.of(error, where, None if known is None else str(known))
@@ -137,9 +147,10 @@ class Scan:
         missing = [name for name, image in self._found.items() if image == _MISSING]
         if missing and self.on_error == "stop":
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise UserError(f"{self.path}: image not found: {self.root / missing[0]}{more}")
+            raise UserError(f"{self.path}: {NOT_FOUND}{self.root / missing[0]}{more}")
         if not len(self.source.stored):
-            raise UserError(f"{self.path}: expected at least one record, {self._why_none()}")
+            why = f"{self.path}: expected at least one record, {self._why_none()}"
+            raise NoRecords(why, self.problems)
 
     def _why_none(self) -> str:
         if self.problems:

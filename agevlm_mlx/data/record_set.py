@@ -223,3 +223,11 @@ def _spooled(path: Path, known: Format, on_error: OnError, exclude: Excluded | N
 def write_problems(path: Path, problems: Iterable[Problem]) -> None:
     """Write ``bad_records.jsonl``: one JSON object a line, the file whole or not at all."""
     atomic.write_text(path, "".join(json.dumps(vars(p)) + "\n" for p in problems))
+
+
+def read_problems(path: Path) -> list[Problem]:
+    """What `write_problems` wrote. ``UserError`` if it is something else."""
+    try:
+        return [Problem(**json.loads(line)) for line in path.read_text("utf-8").splitlines()]
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: expected a list of bad records: {error}; remove it") from None

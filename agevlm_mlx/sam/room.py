@@ -45,4 +45,6 @@ def disk(folder: Path) -> int:
 
 def megabytes(size: int) -> str:
     """A number of bytes in words."""
+    if size < 2**20:
+        return f"{size / 2**10:.1f} kB"
     return f"{size / 2**20:.1f} MB" if size < 2**30 else f"{size / 2**30:.2f} GB"

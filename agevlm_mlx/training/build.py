@@ -19,10 +19,12 @@ from ..data.chat import build_tokenizer
 from ..data.exclude import exclusions
 from ..data.image import Preprocessor
 from ..data.image_check import check_images
-from ..data.record_set import Problem, Records, read_records
+from ..data.record_set import Records, read_records
+from ..data.records import Problem
 from ..errors import UserError
 from ..models.agevlm import AgeVLM
 from ..models.packing import why_not_packed
+from ..models.recompute import check_recomputable
 from ..sam.store import Store
 from . import adapters
 from .labels import Labelling
@@ -205,7 +207,7 @@ def export(job: Job, folder: Path) -> None:
     if "sam_adaptor" in job.model:
         del job.model.sam_adaptor
     if job.recipe.model.lora is not None:
-        adapters.save(job.model, job.recipe.model.lora, folder / "adapters")
+        adapters.save(folder / "adapters", job.model, job.recipe.model.lora)
         adapters.fuse(job.model)
     weights.save_model(folder, job.model, job.tokenizer, job.preprocessor, _card(job, folder))
 
@@ -271,6 +273,8 @@ def _model(
         weights.load_encoder(model, spec.encoder)
     if spec.lora is not None:
         adapters.add(model, spec.lora)
+    if recipe.train.grad_checkpoint:
+        check_recomputable(model)
     return model, tokenizer, preprocessor
 
 

@@ -148,7 +148,11 @@ def _memory_lines(job: Job, costs: Sequence[Cost]) -> Iterator[str]:
         "gradients, activations": [m.passes for m in found],
         "together": [m.total for m in found],
     }
-    texts = [[name, *(memory_text(v) if v else "-" for v in v)] for name, v in rows.items()]
+    texts = [
+        [name, *(memory_text(v) if v else "-" for v in values)]
+        for name, values in rows.items()
+        if any(values)
+    ]
     yield _table([["", *columns], *texts])
     limit = usable_memory()
     yield f"this machine ({memory_text(limit)}): {_fits(job, costs, here, limit)}"
@@ -167,9 +171,9 @@ def _fits(job: Job, costs: Sequence[Cost], dtype: mx.Dtype, limit: float) -> str
         return f"fits ({most / limit:.0%})"
     text = f"does NOT fit, stage '{worst.stage.name}' needs {memory_text(most)}: "
     sizes = [fitting_micro_batch(job, cost, dtype, limit) for cost in costs]
-    found = [size for size in sizes if size is not None]
-    if len(found) == len(sizes):
-        return f"{text}set train.micro_batch={min(found)}"
+    smaller = [n for n, cost in zip(sizes, costs, strict=True) if n != cost.stage.batch_size]
+    if None not in smaller:
+        return f"{text}set train.micro_batch={min(n for n in smaller if n)}"
     return text + (" or ".join(_savings(job, dtype)) or "take a smaller model")
 
 

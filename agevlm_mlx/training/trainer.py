@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any, Protocol, cast
@@ -19,9 +19,11 @@ from mlx.utils import tree_unflatten
 
 from ..data.batches import Batch
 from ..data.prefetch import Prefetch
-from ..data.record_set import Problem, write_problems
+from ..data.record_set import read_problems, write_problems
+from ..data.records import Problem
 from ..errors import NO_ROOM, UserError
 from ..models.agevlm import AgeVLM
+from ..models.recompute import recomputed
 from . import checkpoint
 from .averaging import Average
 from .build import Job
@@ -140,6 +142,8 @@ class Trainer:
         self._tell = _Tell(metrics, progress, self._observers)
         try:
             with _signals(self._stop):
+                found, self.job.problems = self.job.problems, []
+                self._bad_records(found)
                 if self.step == 0:
                     self._look()
                 while not (self.finished or self._stopping):
@@ -244,20 +248,9 @@ class Trainer:
             [own.tokens, own.guided, own.cells, size, self._stop.is_set()]
         )
         self._agreed_to_stop = stop > 0
-        totals = Totals(*sums)
-        params = self.masters or named_parameters(self.model, trainable=True)
-        grads: dict[str, mx.array] = {}
-        shares = mx.zeros(1 + len(PARTS))
-        for number, batch in enumerate(drawn):
-            mx.random.seed((self.recipe.train.seed * 1_000_003 + self.step) * 1009 + number)
-            (loss, parts), new = loss_and_gradients(
-                self.model, params, batch, stage.losses, totals, self.dtype
-            )
-            shares = shares + mx.concatenate([loss[None], parts])
-            grads = {name: grads[name] + g for name, g in new.items()} if grads else new
-            mx.eval(shares, grads)
+        grads, shares = self._gradients(stage, drawn, Totals(*sums))
         grads = self.ranks.sum_gradients(grads)
-        loss, *values = self.ranks.sum(cast(list[float], shares.tolist()))
+        loss, *values = self.ranks.sum(shares)
         norm = global_norm(grads)
         used = (True, stage.losses.attention.weight, stage.losses.features)
         named = zip(PARTS, values, used, strict=True)
@@ -267,15 +260,37 @@ class Trainer:
             return {"skipped": 1.0}, int(size)
         self._in_a_row = 0
         grads = clip(grads, norm, self.recipe.train.clip)
-        params = self.optimizer.update(params, grads, lr, scales)
+        params = self.optimizer.update(self._trained(), grads, lr, scales)
         if self.masters:
             self.masters = params
         place(self.model, params, self.dtype)
+        del grads  # nothing may hold what is updated in place
         mx.eval(self.model.parameters(), params, self.optimizer.state)
         if self.average is not None:
             self.average.update(named_parameters(self.model) | self.masters, params)
             mx.eval(self.average.state)
         return report, int(size)
+
+    def _trained(self) -> dict[str, mx.array]:
+        """What the stage trains, in float32."""
+        return self.masters or named_parameters(self.model, trainable=True)
+
+    def _gradients(
+        self, stage: Stage, drawn: Sequence[Batch], totals: Totals
+    ) -> tuple[dict[str, mx.array], list[float]]:
+        """The gradients of this process' parts of a step, added up, and so the loss and `PARTS`."""
+        grads: dict[str, mx.array] = {}
+        shares = mx.zeros(1 + len(PARTS))
+        with recomputed(self.model) if self.recipe.train.grad_checkpoint else nullcontext():
+            for number, batch in enumerate(drawn):
+                mx.random.seed((self.recipe.train.seed * 1_000_003 + self.step) * 1009 + number)
+                (loss, parts), new = loss_and_gradients(
+                    self.model, self._trained(), batch, stage.losses, totals, self.dtype
+                )
+                shares = shares + mx.concatenate([loss[None], parts])
+                grads = {name: grads[name] + g for name, g in new.items()} if grads else new
+                mx.eval(shares, grads)
+        return grads, cast(list[float], shares.tolist())
 
     def _not_finite(
         self,
@@ -301,13 +316,14 @@ class Trainer:
         )
 
     def _bad_records(self, problems: Sequence[Problem]) -> None:
-        """List records and images that were left out, in the run's folder and for the reader."""
-        if not problems:
-            return
+        """List what is left out of the data in the run's folder, and say what is new."""
         self.job.problems += problems
-        write_problems(self.run / BAD_RECORDS, self.job.problems)
         for problem in problems:
             self._tell.progress.say(f"left out: {problem.error()}")
+        if problems and self.ranks.first:
+            file = self.run / BAD_RECORDS
+            known = read_problems(file) if file.exists() else []
+            write_problems(file, dict.fromkeys([*known, *self.job.problems]))
 
     def _after_step(self, index: int) -> None:
         train, last = self.recipe.train, self.step == self.recipe.steps
@@ -323,7 +339,7 @@ class Trainer:
         """Whether this validation, every process taking its share of the batches, is the best."""
         stage = self.recipe.stages[index]
         share = itertools.islice(self.job.validation(), self.ranks.rank, None, self.ranks.size)
-        with self._averaged():
+        with self._judged():
             heads = stage.losses.attention.heads
             result = validate(self.model, share, heads, self.ranks.sum)
         self._tell.row(step=self.step, stage=stage.name, **result)
@@ -339,21 +355,21 @@ class Trainer:
 
     def _look(self) -> None:
         if self._observers:
-            with self._averaged():
+            with self._judged():
                 for observer in self._observers:
                     observer.look(self.step, self.model)
 
     @contextmanager
-    def _averaged(self) -> Iterator[None]:
-        """The model with the running mean of its weights, where the recipe asks for one."""
-        if self.average is None:
-            yield
-            return
+    def _judged(self) -> Iterator[None]:
+        """The model without dropout, and with the running mean of its weights if there is one."""
         own = named_parameters(self.model)
-        _set(self.model, self.average.averaged(own))
+        if self.average is not None:
+            _set(self.model, self.average.averaged(own))
+        self.model.eval()
         try:
             yield
         finally:
+            self.model.train()
             _set(self.model, own)
 
     def finish(self) -> None:

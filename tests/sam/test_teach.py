@@ -531,9 +531,7 @@ def test_a_disk_too_small_for_the_store_is_said_before_it_starts(data, tmp_path,
     free = namedtuple("usage", "total used free")(10**9, 10**9, 900)
     monkeypatch.setattr(room.shutil, "disk_usage", lambda path: free)
     teacher = FakeTeacher()
-    with pytest.raises(
-        UserError, match=r"about 0\.0 MB of free disk space, got 0\.0 MB; free some"
-    ):
+    with pytest.raises(UserError, match=r"about \d\.\d kB of free disk space, got 0\.9 kB; free"):
         run(data, tmp_path / "store", teacher)
     assert not teacher.seen
 
