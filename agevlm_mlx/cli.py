@@ -17,6 +17,7 @@ COMMANDS = {
     "evaluate": ("evaluate", "score a model on a benchmark"),
     "analyze": ("analyze", "see where a model looks, and whether it tells captions apart"),
     "teach": ("teach", "run the SAM teacher over images and store its masks and features"),
+    "data": ("data_command", "check a data set before training, or write it as JSONL"),
     "scenes": ("scenes", "draw pictures of known objects with masks, captions and questions"),
 }
 

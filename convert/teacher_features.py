@@ -20,7 +20,7 @@ import argparse
 import hashlib
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -33,6 +33,7 @@ from agevlm_mlx.errors import UserError, one_line
 from agevlm_mlx.sam.jobs import Job, Jobs, survey
 from agevlm_mlx.sam.labelling import Labelled, pool, read_image
 from agevlm_mlx.sam.progress import Progress
+from agevlm_mlx.sam.protocol import Labels
 from agevlm_mlx.sam.room import check_space, forecast
 from agevlm_mlx.sam.store import Store, StoreMeta, StoreWriter, file_sha256
 
@@ -52,15 +53,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--mlx-path", required=True, type=Path, help="folder of the store to make or continue")
     add("--dry-run", action="store_true", help="count and forecast, write nothing")
     teach.add_student_arguments(parser)
-
-
-@dataclass(frozen=True)
-class Embedding:
-    """`sam.labelling.Labels` of an image with its features f32[G G C] and no masks."""
-
-    features: np.ndarray
-    masks: np.ndarray
-    iou: np.ndarray
 
 
 def match(folder: Path, jobs: Jobs) -> dict[str, Path]:
@@ -171,9 +163,9 @@ def label(
 ) -> Labelled:
     """What the store gets for an image. ``UserError`` if it changed since `masks` were made."""
     image, sha256 = read_image(job.path)
-    nothing = np.zeros((0, *image.shape[:2]), bool), np.zeros(0, np.float32)
+    labels = Labels(np.zeros((0, *image.shape[:2]), bool), np.zeros(0, np.float32), features)
     own = Job(job.key, job.path, ready={} if masks else job.ready)
-    labelled = pool(own, image, sha256, Embedding(features, *nothing), preprocessor, grid)
+    labelled = pool(own, image, sha256, labels, preprocessor, grid)
     if masks is None or job.key not in masks:  # a picture without phrases has no masks
         return labelled
     if masks.sha256(job.key) != sha256:

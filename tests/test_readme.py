@@ -25,9 +25,10 @@ LONG = [
     r"(sudo )?(apt-get|dnf|brew) install [\w -]+",
     r"python (scripts|benchmarks)/\w+\.py.*",
     r"curl http://127\.0\.0\.1:8080/.*",
+    r"mlx\.launch --hosts \S+ agevlm train .*",
 ]
 FLAGS = [
-    r"agevlm (demo|train|evaluate|analyze|teach|chat|serve|benchmark)( .*)?",
+    r"agevlm (data|demo|train|evaluate|analyze|teach|chat|serve|benchmark)( .*)?",
     r"agevlm-app( .*)?",
     r"agevlm-convert (assemble|sam|teacher-features|vision) .*",
     r"python -m agevlm_mlx\.\w+( .*)?",

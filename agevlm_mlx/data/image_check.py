@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 
@@ -35,18 +36,15 @@ def _check(records: Records, image: int) -> Iterator[Problem]:
         return
     for number in numbers[records.guided[numbers]]:
         record = records[int(number)]
-        found = (misplaced(phrase, path, width, height) for phrase in record.phrases)
-        problem = next(filter(None, found), None)
-        if problem is not None:
-            yield Problem(str(path), problem, record.id)
+        try:
+            for phrase in record.phrases:
+                place(phrase, path, width, height)
+        except UserError as error:
+            yield Problem.of(error, str(path), record.id)
 
 
-def misplaced(phrase: Phrase, image: Path, width: int, height: int) -> str | None:
-    """What is wrong with the phrase's box, point or mask in its image of width x height px."""
-    try:
-        check_place(phrase, image, width, height)
-        if phrase.mask is not None:
-            own_mask(phrase, image, width, height)
-    except UserError as error:
-        return str(error).removeprefix(f"{image}: ")
-    return None
+def place(phrase: Phrase, image: Path, width: int, height: int) -> np.ndarray | None:
+    """bool [height width], the phrase's own mask, if it has one. ``UserError`` where this, its box
+    or its point does not fit its image of width x height px."""
+    check_place(phrase, image, width, height)
+    return None if phrase.mask is None else own_mask(phrase, image, width, height)

@@ -19,11 +19,13 @@ NOT_FOUND = "image not found: "
 
 
 class NoRecords(UserError):
-    """Not one record can be used; `problems` are those of the bad ones."""
+    """Not one record can be used; what was left out is counted as in `record_set.Records`."""
 
-    def __init__(self, message: str, problems: list[Problem]) -> None:
+    def __init__(
+        self, message: str, problems: list[Problem], excluded: int, text_only: int
+    ) -> None:
         super().__init__(message)
-        self.problems = problems
+        self.problems, self.excluded, self.text_only = problems, excluded, text_only
 
 
 class Index:
@@ -150,7 +152,7 @@ class Scan:
             raise UserError(f"{self.path}: {NOT_FOUND}{self.root / missing[0]}{more}")
         if not len(self.source.stored):
             why = f"{self.path}: expected at least one record, {self._why_none()}"
-            raise NoRecords(why, self.problems)
+            raise NoRecords(why, self.problems, self.excluded, self.text_only)
 
     def _why_none(self) -> str:
         if self.problems:

@@ -138,14 +138,15 @@ def find_masks(look: Look, height: int, width: int, settings: Automatic) -> Foun
 
 def mask_boxes(masks: np.ndarray) -> np.ndarray:
     """i64 [k 4]: first and last column and row (x0 y0 x1 y1) of masks bool [k h w]; 0 if empty."""
-    edges = []
-    for axis in (1, 2):  # columns, then rows, in which a mask has a pixel
-        filled = masks.any(axis=axis)
-        length = filled.shape[1]
-        edges.append((filled.argmax(axis=1), length - 1 - filled[:, ::-1].argmax(axis=1)))
-    (x0, x1), (y0, y1) = edges
-    boxes = np.stack([x0, y0, x1, y1], axis=1)
-    return boxes * masks.any(axis=(1, 2))[:, None]
+    columns, rows = np.any(masks, axis=1, keepdims=True), np.any(masks, axis=2, keepdims=True)
+    x0, x1 = _ends(columns[:, 0])
+    y0, y1 = _ends(rows[:, :, 0])
+    return np.stack([x0, y0, x1, y1], axis=1) * rows.any(axis=1)
+
+
+def _ends(filled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Number of the first and of the last True in each row of bool [k n]."""
+    return filled.argmax(axis=1), filled.shape[1] - 1 - filled[:, ::-1].argmax(axis=1)
 
 
 def box_iou(box: np.ndarray, boxes: np.ndarray) -> np.ndarray:

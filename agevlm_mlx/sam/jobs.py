@@ -57,7 +57,8 @@ class Jobs:
         every_image: bool = False,
         on_error: OnError = "stop",
     ):
-        self._records, self._prompt, self._on_error = records, prompt, on_error
+        self._records, self._prompt = records, prompt
+        self._on_error: OnError = on_error
         wanted = np.full(len(records.images), every_image)
         wanted[records.image_of[records.guided]] = True
         self._images = np.flatnonzero(wanted)

@@ -61,9 +61,9 @@ def load(
 ) -> tuple[Sam, Path, Architecture]:
     """A SAM, the file of its weights, and its sizes.
 
-    checkpoint: one of Meta's files (``.pth``, or the same tensors as ``.safetensors``), a folder
-    of ``scripts/train_teacher.py`` or of Hugging Face, or None for the shipped one. ``UserError``
-    when it is none of these, or not the `model_type` asked for.
+    checkpoint: one of Meta's files (``.pth``, or the same tensors as ``.safetensors`` under Meta's
+    or Hugging Face's names), a folder of ``scripts/train_teacher.py`` or of Hugging Face, or None
+    for the shipped one. ``UserError`` when it is none of these, or not the `model_type` asked for.
     """
     path = EMBEDDED if checkpoint is None else checkpoint
     weights = path / WEIGHTS if path.is_dir() else path
@@ -73,12 +73,14 @@ def load(
             "folder of a Hugging Face SamModel or of scripts/train_teacher.py, or no --checkpoint"
         )
     tensors = _tensors(weights)
+    theirs = any(name.startswith("vision_encoder.") for name in tensors)
     if path.is_dir():
-        architecture, hugging_face = folder_architecture(path, model_type)
+        architecture, theirs = folder_architecture(path, model_type)
     else:
-        shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        architecture, hugging_face = meta_architecture(path, shapes, model_type), False
-    own = names.untied(tensors) if hugging_face else names.as_hugging_face(tensors, weights)
+        metas = names.as_meta(tensors, weights) if theirs else tensors
+        shapes = {name: tensor.shape for name, tensor in metas.items()}
+        architecture = meta_architecture(path, shapes, model_type)
+    own = names.untied(tensors) if theirs else names.as_hugging_face(tensors, weights)
     sam = Sam(architecture)
     assign(sam, apply_rules(own, _RULES, weights)[0], weights)
     _set_dtype(sam, dtype)

@@ -96,8 +96,9 @@ class Memory:
         return self.weights + self.masters + self.moments + self.mean + self.passes
 
 
-def measure(job: Job, stage: Stage) -> Cost:
-    """Run what a step of `stage` runs, on some images of its first batch."""
+def measure(job: Job, stage: Stage, images: int | None = None) -> Cost:
+    """Run what a step of `stage` runs, on some `images` of its first batch: by default as many as
+    are done in `PATIENCE`."""
     train = job.recipe.train
     scales = parameter_scales(job.model, stage)
     set_trainable(job.model, scales)
@@ -110,8 +111,8 @@ def measure(job: Job, stage: Stage) -> Cost:
     parts = -(-stage.batch_size // (train.micro_batch or stage.batch_size))
     batch = job.batches(stage).part(0, 0, parts)
 
-    def run(images: int) -> tuple[float, float]:
-        cut = first_images(batch, images)
+    def run(count: int) -> tuple[float, float]:
+        cut = first_images(batch, count)
         totals = Totals.of([cut])
         before = mx.get_active_memory()
         mx.reset_peak_memory()
@@ -126,13 +127,13 @@ def measure(job: Job, stage: Stage) -> Cost:
                 break
         return mx.get_peak_memory() - before, min(seconds)
 
-    small, large = 1, len(batch.pixels)
-    low = run(small)
-    if low[1] * large > PATIENCE:
-        large = min(large, max(2, int(PATIENCE / low[1])))
-    if large == small:
-        return Cost(stage, 1, (0.0, low[0]), (0.0, low[1]), _update_seconds(job, params), batch)
-    high = run(large)
+    there = len(batch.pixels)
+    if images is None:
+        images = max(2, int(PATIENCE / run(1)[1]))
+    large = min(images, there)
+    small = large // 2
+    # Few images need little beside the gradients, so a line through their cost is too flat.
+    low, high = run(small) if small else (0.0, 0.0), run(large)
     each = [max(b - a, 0.0) / (large - small) for a, b in zip(low, high, strict=True)]
     fixed = [max(b - e * large, 0.0) for b, e in zip(high, each, strict=True)]
     update = _update_seconds(job, params)

@@ -15,6 +15,7 @@ from agevlm_mlx.data.image import Preprocessor
 from agevlm_mlx.data.record_set import read_records
 from agevlm_mlx.sam.jobs import Jobs
 from agevlm_mlx.sam.labelling import Labeller
+from agevlm_mlx.sam.protocol import Labels
 from agevlm_mlx.sam.store import Store
 from agevlm_mlx.sam.targets import rle_encode
 from convert import __main__ as cli
@@ -46,7 +47,7 @@ class FileTeacher:
         masks = np.zeros((len(group), *image.shape[:2]), bool)
         masks[:, :, : image.shape[1] // 2] = True
         grid = EMBEDDINGS[name].transpose(1, 2, 0) if features else None
-        return [teacher_features.Embedding(grid, masks, np.full(len(group), 0.5, np.float32))]  # pyright: ignore
+        return [Labels(masks, np.full(len(group), 0.5, np.float32), grid)]
 
 
 def write_data(folder: Path, *, masks: bool) -> Path:
@@ -229,7 +230,7 @@ def test_the_embedded_teachers_features_as_files(data, files, tmp_path):
         features = teacher.features(np.asarray(Image.open(data / f"images/{name}.png")))
         torch.save(torch.from_numpy(features).permute(2, 0, 1)[None], files / f"{name}.pt")
     assert convert(data, files, tmp_path / "store") == 0
-    make = teach.MakeLabeller(None, None, None, STUDENT, GRID, True)
+    make = teach.MakeLabeller(preprocessor=STUDENT, grid=GRID, features=True)
     labeller = Labeller(teacher, STUDENT, GRID, True)
     jobs = Jobs(read_records(data), every_image=True)
     assert teach.teach(jobs, make, tmp_path / "taught", labeller=labeller) == 0

@@ -530,6 +530,19 @@ def test_the_next_image_takes_the_place_of_one_that_cannot_be_used(
     assert len(again.take_problems()) == 3
 
 
+def test_a_damaged_image_is_read_once(
+    several: list[Record], micro: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[str] = []
+    monkeypatch.setattr(
+        module, "image_bytes", lambda path: (reads.append(path.name), path.read_bytes())[1]
+    )
+    batches = draw(several, micro, CAPTION, on_error="skip")
+    for step in range(10):
+        batches.batch(step)
+    assert sorted(reads) == [f"{number}.png" for number in range(10)]
+
+
 def test_another_text_takes_the_place_of_a_bad_one(one: Record, micro: Any) -> None:
     bad = replace(with_phrase(one, box=(1, 1, 9, 20.5)), id="bad")
     data = [bad, one, replace(one, id="7-c")]

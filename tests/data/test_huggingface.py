@@ -2,6 +2,7 @@
 
 import io
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -127,6 +128,9 @@ def test_folders_may_be_called_as_splits_are(tmp_path: Path) -> None:
     write(tmp_path / "conf/train/0000.parquet", made(1))
     write(tmp_path / "conf/test/0000.parquet", made(1))
     assert [r.id for r in found(tmp_path / "conf")[1]] == ["train/0000.parquet:1"]
+    write(tmp_path / "last/dev-clean/train-0.parquet", made(1))
+    write(tmp_path / "last/train-clean/test-0.parquet", made(1))
+    assert [r.id for r in found(tmp_path / "last")[1]] == ["dev-clean/train-0.parquet:1"]
 
 
 def test_rows_as_the_cauldron_has_them(tmp_path: Path) -> None:
@@ -385,3 +389,24 @@ def test_threads_may_ask_at_the_same_time(
     with ThreadPoolExecutor(6) as pool:
         answers = list(pool.map(ask, range(6)))
     assert answers == [wanted[part::6] for part in range(6)]
+
+
+def test_threads_that_want_the_same_row_group_read_it_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, groups, values = grouped(tmp_path / "a.parquet"), counted(monkeypatch), Values()
+    read, start = columnar._Parquet.read, threading.Barrier(4)
+
+    def slow(self: Any, group: int, column: str) -> Any:
+        time.sleep(0.05)  # long enough for the others to ask meanwhile
+        return read(self, group, column)
+
+    monkeypatch.setattr(columnar._Parquet, "read", slow)
+
+    def ask(row: int) -> bytes:
+        start.wait()
+        return values.get(path, row, "image")
+
+    with ThreadPoolExecutor(4) as pool:
+        assert [v[:4] for v in pool.map(ask, range(4))] == [b"0000", b"0001", b"0002", b"0003"]
+    assert groups == [0]

@@ -2,6 +2,7 @@
 
 from collections import deque
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -243,7 +244,7 @@ def checkpoint(tmp_path, monkeypatch):
     torch.manual_seed(0)
     teacher = Teacher(device="cpu")
     monkeypatch.setitem(META, "vit_b", replace(teacher.architecture, multimask=True))
-    decoder = teacher.sam.mask_decoder
+    decoder: Any = teacher.sam.mask_decoder
     for k in (1, 2, 3):
         token = decoder.mask_tokens.weight.data
         token[k] = token[0] + 0.02 * torch.randn_like(token[0])
@@ -274,12 +275,12 @@ def test_the_masks_are_those_of_segment_anything(checkpoint, size):
     from agevlm_mlx.sam.teacher import Teacher
 
     teacher = Teacher(checkpoint, device="cpu")
-    shares = {"pred_iou_thresh": 0.05, "stability_score_thresh": 0.05, "box_nms_thresh": 0.8}
+    shares: Any = {"pred_iou_thresh": 0.05, "stability_score_thresh": 0.05, "box_nms_thresh": 0.8}
     settings = Automatic(points_per_side=8, **shares)
     image = picture(*size)
     generator = SamAutomaticMaskGenerator(teacher.sam, points_per_side=8, **shares)
     theirs = sorted(generator.generate(image), key=lambda mask: -mask["predicted_iou"])
-    ours = find_masks(teacher.look(image), *size, settings)
+    ours = find_masks(teacher.look(image), size[0], size[1], settings)
     assert len(theirs) >= 2
     assert len(ours.iou) == len(theirs)
     np.testing.assert_allclose(ours.iou, [m["predicted_iou"] for m in theirs], atol=1e-5)

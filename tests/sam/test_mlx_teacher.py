@@ -176,7 +176,7 @@ def test_names_go_to_hugging_face_and_back():
         names.as_hugging_face({"text_encoder.x": 1}, "here")
 
 
-def test_metas_files_are_known_by_their_sizes(monkeypatch, tmp_path):
+def test_metas_files_are_known_by_their_sizes(monkeypatch, tmp_path, hugging_face):
     file = shutil.copy(META_FILE, tmp_path / "sam_vit_b.safetensors")
     with pytest.raises(UserError, match="an encoder of width 96 and depth 4; use one of Meta's"):
         MlxTeacher(file)
@@ -184,6 +184,7 @@ def test_metas_files_are_known_by_their_sizes(monkeypatch, tmp_path):
     own = Architecture(**table | {"global_attn_indexes": (1, 3), "multimask": True})
     monkeypatch.setitem(architecture.META, "vit_b", own)
     assert MlxTeacher(file).architecture == MlxTeacher(file, "vit_b").architecture == own
+    assert MlxTeacher(hugging_face / WEIGHTS).architecture == own  # their names, no config
     with pytest.raises(UserError, match="holds vit_b, got --model-type vit_h; pass vit_b"):
         MlxTeacher(file, "vit_h")
 

@@ -345,6 +345,52 @@ def test_kill_9_loses_nothing_that_was_flushed(tmp_path):
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
+@pytest.mark.chaos
+def test_kill_9_at_twenty_moments_changes_no_byte(tmp_path):
+    script = (
+        "import sys\n"
+        "from tests.sam.test_store import fill\n"
+        "from agevlm_mlx.sam import writer\n"
+        "writer.FLUSH_SECONDS = 0.0\n"
+        "print('ready', flush=True)\n"
+        "fill(sys.argv[1], range(600), shard_bytes=5000)\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "killed")]
+    rng = np.random.default_rng(0)
+    for moment in rng.exponential(0.15, 20):
+        run = subprocess.Popen(
+            command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2], text=True
+        )
+        assert run.stdout is not None
+        run.stdout.readline()
+        time.sleep(moment)
+        run.send_signal(signal.SIGKILL)
+        run.wait(timeout=30)
+        run.stdout.close()
+        if (tmp_path / "killed" / index.INDEX).exists():
+            store = Store(tmp_path / "killed")
+            store.verify()
+            assert list(store) == [image(n)["image_key"] for n in range(len(store))]
+    fill(tmp_path / "killed", range(600), shard_bytes=5000)
+    fill(tmp_path / "whole", range(600), shard_bytes=5000)
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("channels", "images", "limit"), [(0, 300, 2), (256, 12, 60)])
+def test_coco_fits_on_a_24_x_24_grid(tmp_path, channels, images, limit):
+    """train2017: 118,287 images, 860,001 boxes. `scripts/measure_store.py` writes all of it."""
+    meta = StoreMeta(teacher="t", preprocessing="p", grid=(24, 24), feature_channels=channels)
+    boxes = [prompt_key((100.25 + i, 200.75, 300.25, 400.75 + i)) for i in range(8)]  # 7.3 each
+    coverage, iou = np.full((8, 576), 0.5, np.float32), np.full(8, 0.5, np.float32)
+    features = np.ones((576, channels)) if channels else None
+    with StoreWriter(tmp_path, meta) as store:
+        for number in range(images):
+            key = f"train2017/{number:012d}.jpg"
+            store.add(key, "f" * 64, boxes, coverage, iou, features)
+    size = sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert size / images * 118_287 <= limit * 2**30
+
+
 def test_an_image_added_again_replaces_its_labels(tmp_path):
     fill(tmp_path, range(6))
     again = {**image(3), "coverage": np.ones((3, 6), dtype=np.float32), "sha256": "f" * 64}

@@ -221,6 +221,7 @@ def test_an_image_outside_the_data_folder_is_named(tmp_path):
 
 def ask(job: Job) -> labelling.Labelled:
     (result,) = Labeller(FakeTeacher(), Preprocessor(image_size=8), (2, 2))([job])
+    assert isinstance(result, labelling.Labelled)
     return result
 
 
