@@ -63,7 +63,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="whose tokenizer and token grid count (default: the embedded model)",
     )
-    c.add_argument("--store", type=Path, metavar="STORE", help="a teacher's store: does it fit?")
+    c.add_argument(
+        "--store",
+        type=Path,
+        metavar="STORE",
+        help="a teacher's store: does it fit the data and --model?",
+    )
     c.add_argument(
         "--exclude",
         nargs="*",
@@ -127,7 +132,7 @@ def check(args: argparse.Namespace) -> int:
         most=args.limit,
         progress=progress.show_of,
     )
-    if store is not None and report.labels is not None:
+    if store is not None and report.labels is not None and args.model:
         report.labels.problems += _misfits(store, student)
     if not args.no_sheet:
         _draw(args.sheet, records, args.seed, f"{args.data}: {len(records):,} records")

@@ -184,12 +184,11 @@ def teach(
         forecast(plan, meta, out)
         check_space(plan, out)
         count = 1 if labeller else _workers(workers, teacher)
-        batch_size = 1 if make.automatic else teacher.batch_size
         results = label_all(
             (jobs[int(number)] for number in plan.todo),
             (lambda: here) if count == 1 else dataclasses.replace(make, threads=1),
             workers=count,
-            batch_size=batch_size,
+            batch_size=teacher.batch_size,
         )
         bad = _BadRecords(out / BAD_RECORDS, [*problems, *jobs.problems])
         progress, empty = Progress(len(plan.todo)), 0

@@ -9,7 +9,7 @@ from . import atomic, config, watch
 from .errors import UserError, command
 from .training import checkpoint, preview, toml, trackers
 from .training.build import Job, export, prepare
-from .training.ranks import LostRanks, Ranks
+from .training.ranks import GO_ON, LOST, LostRanks, Ranks
 from .training.rules import named_parameters
 from .training.stages import Recipe, read_recipe, shipped_recipes
 from .training.trainer import Observer, Trainer
@@ -58,9 +58,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     ranks = Ranks.start()
     try:
-        return _run(args, ranks)
+        status = _run(args, ranks)
     except LostRanks as error:
-        raise UserError(f"the connection to another process was lost ({error})") from None
+        raise UserError(f"{LOST} ({error}); {GO_ON}") from None
+    ranks.goodbye()
+    return status
 
 
 def _run(args: argparse.Namespace, ranks: Ranks) -> int:

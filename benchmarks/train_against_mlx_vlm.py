@@ -44,6 +44,7 @@ from agevlm_mlx.config import FusionConfig  # noqa: E402
 from agevlm_mlx.data.batches import Batch  # noqa: E402
 from agevlm_mlx.evaluation import files  # noqa: E402
 from agevlm_mlx.evaluation.machine import versions  # noqa: E402
+from agevlm_mlx.malloc import keep_freed  # noqa: E402
 from agevlm_mlx.models.agevlm import AgeVLM  # noqa: E402
 from agevlm_mlx.sam.torchvision_ops import import_torchvision  # noqa: E402
 from agevlm_mlx.training.stages import AttentionLoss, Losses  # noqa: E402
@@ -303,4 +304,5 @@ def _progress(text: str) -> None:
 
 
 if __name__ == "__main__":
+    keep_freed()  # as `agevlm train` does
     sys.exit(main())

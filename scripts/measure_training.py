@@ -47,6 +47,7 @@ from agevlm_mlx.config import FusionConfig
 from agevlm_mlx.data.batches import Batch
 from agevlm_mlx.data.text_rows import TextGroup
 from agevlm_mlx.evaluation import files
+from agevlm_mlx.malloc import keep_freed
 from agevlm_mlx.models.agevlm import AgeVLM
 from agevlm_mlx.training import build, stages
 from agevlm_mlx.training.losses import attention_loss, token_loss
@@ -338,4 +339,5 @@ def _progress(text: str) -> None:
 
 
 if __name__ == "__main__":
+    keep_freed()  # as `agevlm train` does
     sys.exit(main())

@@ -151,17 +151,15 @@ def _outline(
         size = max(1, round(width * stretch[0])), max(1, round(height * stretch[1]))
         level = Image.fromarray(mask).convert("L").resize(size, Image.Resampling.BOX)
         inside = Image.new("L", tile.size)
-        inside.paste(level.point(lambda v: 255 if v > 100 else 0), corner)
+        inside.paste(Image.fromarray(np.asarray(level) > 100).convert("L"), corner)
         thin = inside.filter(ImageFilter.MaxFilter(3))
         rim = ImageChops.subtract(thin.filter(ImageFilter.MaxFilter(3)), inside)
         edge = ImageChops.subtract(rim.filter(ImageFilter.MaxFilter(3)), rim)
-        tile.paste(colour, (0, 0), inside.point(lambda v: v // 6))
+        tile.paste(colour, (0, 0), inside.point([v // 6 for v in range(256)]))
         tile.paste(_DARK, (0, 0), edge)
         tile.paste(colour, (0, 0), rim)
-        found = inside.getbbox()
-        columns, rows = mask.any(axis=0), mask.any(axis=1)
-        x, y = moved(float(columns.argmax()), float(rows.argmax()))
-        return (float(found[0]), float(found[1])) if found else (x, y)
+        top = int(mask.any(axis=1).argmax())
+        return moved(float(mask[top].argmax()), float(top))
     if phrase.box is not None:
         (x0, y0), (x1, y1) = moved(*phrase.box[:2]), moved(*phrase.box[2:])
         x1, y1 = max(x1, x0 + 2), max(y1, y0 + 2)
@@ -224,6 +222,9 @@ def _lines(pen: ImageDraw.ImageDraw, text: str, width: float, size: int) -> Iter
     for word in text.split():
         while word:  # in pieces if it is a long address, or has no spaces in its language
             end = _fits(pen, word, width, size)
+            if line and end < len(word):
+                room = width - pen.textlength(f"{line} ", font=_best(line, size))
+                end = _fits(pen, word, room, size)
             longer = f"{line} {word[:end]}".strip()
             if line and pen.textlength(longer, font=_best(longer, size)) > width:
                 yield line
@@ -287,4 +288,10 @@ def _best(text: str, size: int) -> Font | None:
 @lru_cache(maxsize=8192)
 def _has(font: Font, letter: str) -> bool:
     # A font draws the same box for everything that it lacks.
-    return letter == " " or bytes(font.getmask(letter)) != bytes(font.getmask("\U0010fffe"))
+    return letter == " " or _drawn(font, letter) != _drawn(font, "\U0010fffe")
+
+
+def _drawn(font: Font, letter: str) -> bytes:
+    canvas = Image.new("L", (32, 32))
+    ImageDraw.Draw(canvas).text((2, 2), letter, fill=255, font=font)
+    return canvas.tobytes()

@@ -27,7 +27,7 @@ class Picture:
     def odd(self) -> float:
         """How odd its shape is: above 1 it is worth a look."""
         long, short = max(self.width, self.height), min(self.width, self.height)
-        return max(long / short / _STRETCHED, (_SMALL_SIDE - 1) / short)
+        return max(long / short / _STRETCHED, _SMALL_SIDE / short)
 
     def __str__(self) -> str:
         return f"{self.width}x{self.height} {self.path}"
@@ -202,9 +202,9 @@ class Report:
                 f"to guide on a grid of {phrases.grid[0]}x{phrases.grid[1]} tokens"
             )
         if self.excluded:
-            yield f"{_n(self.excluded, 'record')} left out: their images are on an exclusion list"
+            yield f"{_n(self.excluded, 'record')} left out, about images of an exclusion list"
         if self.text_only:
-            yield f"{_n(self.text_only, 'record')} left out: they have no image"
+            yield f"{_n(self.text_only, 'record')} left out, about no image"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""

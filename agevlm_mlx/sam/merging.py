@@ -22,7 +22,8 @@ def merge_stores(
     parts were made otherwise, or hold different files under one image key.
     """
     stores = [Store(part) for part in parts]
-    total = _check(stores)
+    _check(stores)
+    total = sum(len(store) for store in stores)
     with StoreWriter(out, stores[0].meta) as writer:
         for number, key in enumerate(_keys(stores), start=1):
             owners = [store for store in stores if key in store]
@@ -36,20 +37,16 @@ def merge_stores(
         return len(writer.done)
 
 
-def _check(stores: Sequence[Store]) -> int:
-    """How many images the stores hold together. ``UserError`` if they cannot be one."""
-    total = 0
+def _check(stores: Sequence[Store]) -> None:
+    """``UserError`` if the stores cannot be one."""
     for number, store in enumerate(stores):
         difference = stores[0].meta.difference(store.meta)
         if difference:
             raise UserError(f"{store.path}: cannot be merged with {stores[0].path}: {difference}")
         for key in store:
             first = next((other for other in stores[:number] if key in other), None)
-            if first is None:
-                total += 1
-            else:
+            if first is not None:
                 _check_same(key, store, first.path, first.sha256(key))
-    return total
 
 
 def _check_same(key: str, store: Store, other: Path, sha256: str) -> None:
@@ -61,12 +58,9 @@ def _check_same(key: str, store: Store, other: Path, sha256: str) -> None:
 
 
 def _keys(stores: Sequence[Store]) -> Iterator[str]:
-    """Every image key once, in turn from each store."""
+    """Every image key of every store, in turn from each."""
     for row in itertools.zip_longest(*stores):
-        for number, key in enumerate(row):
-            # Another store may hold it as well: it is taken from the first that does.
-            if key is not None and not any(key in store for store in stores[:number]):
-                yield key
+        yield from (key for key in row if key is not None)
 
 
 def _rows(key: str, owners: Sequence[Store]) -> dict:

@@ -32,7 +32,8 @@ class Progress:
             return
         self.shown = now
         line = f"{self.what} {done}/{self.total}"
-        if done > 1 and now > self.first:
+        # A batch comes all at once: the first one says nothing of the pace.
+        if done > 1 and now >= self.first + 1:
             rate = (done - 1) / (now - self.first)
             line += f"  {rate:.1f}/s"
             line += f"  {_duration((self.total - done) / rate)} left" if done < self.total else ""

@@ -14,7 +14,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from ..data.batches import Batch, TextGroup
+from ..data.batches import Batch, Batches, TextGroup
 from ..models.recompute import recomputed
 from .build import Job
 from .objective import Totals, loss_and_gradients
@@ -24,6 +24,8 @@ from .stages import Stage, compute_dtype
 
 #: Seconds that a measured pass may take; a larger batch is measured in part.
 PATIENCE = 4.0
+#: Batches among which the one with the longest texts is looked for.
+LOOKED_AT = 16
 #: Parameters with which the optimiser's time is measured.
 _SAMPLE = 1 << 24
 #: Bytes that an update needs for each of the gradients; measured with 15 and 58 M parameters.
@@ -60,8 +62,9 @@ def usable_memory() -> int:
 class Cost:
     """What a stage's forward and backward pass takes: ``fixed + each * images``, and the rest.
 
-    passes: bytes beside the model and the optimiser, gradients included. seconds: of a pass.
-    update: seconds of the optimiser. images: how many were measured at most.
+    passes: bytes beside the model and the optimiser, gradients included; of a batch with long
+    texts. seconds: of a pass, of a mean batch. update: seconds of the optimiser. images: how many
+    were measured at most.
     """
 
     stage: Stage
@@ -97,8 +100,8 @@ class Memory:
 
 
 def measure(job: Job, stage: Stage, images: int | None = None) -> Cost:
-    """Run what a step of `stage` runs, on some `images` of its first batch: by default as many as
-    are done in `PATIENCE`."""
+    """Run what a step of `stage` runs, on some `images` of a batch with long texts: by default on
+    as many as are done in `PATIENCE`."""
     train = job.recipe.train
     scales = parameter_scales(job.model, stage)
     set_trainable(job.model, scales)
@@ -109,7 +112,9 @@ def measure(job: Job, stage: Stage, images: int | None = None) -> Cost:
     }
     mx.eval(params)
     parts = -(-stage.batch_size // (train.micro_batch or stage.batch_size))
-    batch = job.batches(stage).part(0, 0, parts)
+    batches = job.batches(stage)
+    step, share = _longest(batches, stage)
+    batch = batches.part(step, 0, parts)
 
     def run(count: int) -> tuple[float, float]:
         cut = first_images(batch, count)
@@ -137,7 +142,20 @@ def measure(job: Job, stage: Stage, images: int | None = None) -> Cost:
     each = [max(b - a, 0.0) / (large - small) for a, b in zip(low, high, strict=True)]
     fixed = [max(b - e * large, 0.0) for b, e in zip(high, each, strict=True)]
     update = _update_seconds(job, params)
-    return Cost(stage, large, (fixed[0], each[0]), (fixed[1], each[1]), update, batch)
+    seconds = fixed[1], each[1] * share
+    return Cost(stage, large, (fixed[0], each[0]), seconds, update, batch)
+
+
+def _longest(batches: Batches, stage: Stage) -> tuple[int, float]:
+    """The step with the longest texts of the first ones, and the mean length by that length.
+
+    Texts of about one length are put together, so that one image of each batch tells.
+    """
+    steps = range(min(stage.steps, LOOKED_AT))
+    parts = (batches.part(step, 0, stage.batch_size) for step in steps)
+    lengths = [sum(group.ids.size for group in part.groups) for part in parts]
+    longest = int(np.argmax(lengths))
+    return longest, sum(lengths) / len(lengths) / lengths[longest]
 
 
 def first_images(batch: Batch, images: int) -> Batch:
@@ -233,7 +251,8 @@ def _trained_so_far(job: Job, stage: Stage) -> set[str]:
 
 def fitting_micro_batch(job: Job, cost: Cost, dtype: mx.Dtype, limit: float) -> int | None:
     """The most images at a time with which a stage fits into `limit` bytes; None: not even one."""
-    for images in range(cost.stage.batch_size, 0, -1):
+    batch = cost.stage.batch_size
+    for images in dict.fromkeys(-(-batch // parts) for parts in range(1, batch + 1)):
         if predict(job, cost, dtype, images).total <= limit:
             return images
     return None

@@ -113,7 +113,7 @@ def cost_lines(job: Job, costs: Sequence[Cost]) -> Iterator[str]:
 
 
 def text_shares(job: Job, cost: Cost) -> tuple[float, float]:
-    """Padding among the text positions of a first batch; texts with a guided phrase among all
+    """Padding among the text positions of a batch; texts with a guided phrase among all
     that the stage draws from."""
     filled = positions = 0
     for group in cost.batch.groups:

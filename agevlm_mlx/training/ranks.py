@@ -9,21 +9,31 @@ the recipe, the tokenizer and a checkpoint to go on from reach the others throug
 import contextlib
 import json
 import os
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+import secrets
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 
 from ..errors import UserError, one_line
+from . import leash
+from .leash import Leash
 
 #: What mlx.launch and the common MPI launchers set in the environment of what they start.
 _LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
-#: Seconds after which the others are taken for lost when they do not answer in a step.
-PATIENCE = 900.0
+#: Seconds after which the others are taken for lost when they do not answer; the teacher's work at
+#: the start may take that long.
+PATIENCE = 24 * 3600.0
+#: What is said when one is.
+LOST = "the connection to another process was lost"
+GO_ON = (
+    "start all again with `agevlm train --resume` and the run's folder, on any number of machines"
+)
+#: Bytes of gradients that are sent together.
+MESSAGE = 32 * 2**20
 
 
 class LostRanks(Exception):
@@ -39,6 +49,10 @@ class Ranks:
 
     def __init__(self, group: Any = None):
         self._group = group
+        self._since: float | None = None
+        #: Called before the process ends because another one is gone; see `train.Trainer`.
+        self.before_end: Callable[[], None] = lambda: None
+        self._leash: Leash | None = None
         self.rank: int = group.rank() if group is not None else 0
         self.size: int = group.size() if group is not None else 1
 
@@ -55,7 +69,44 @@ class Ranks:
                 f"could not join the other machines ({one_line(error)}); check the host file and "
                 "that they reach each other, or train on one machine without mlx.launch"
             ) from None
-        return cls(group if group.size() > 1 else None)
+        ranks = cls(group if group.size() > 1 else None)
+        if ranks.size > 1:
+            ranks._hold_together()
+        return ranks
+
+    def _hold_together(self) -> None:
+        host = leash.address() if self.first else ""
+        door = leash.listen(host, self.size - 1) if self.first else None
+        port = door.getsockname()[1] if door else 0
+        host, port, token = self.share([host, port, secrets.token_hex(16)])
+        try:
+            links = (
+                leash.admit(door, self.size - 1, token) if door else leash.join(host, port, token)
+            )
+        except OSError as error:
+            raise UserError(
+                f"rank {self.rank}: could not connect to {host}:{port} of rank 0 "
+                f"({one_line(error)}); does a firewall refuse it?"
+            ) from None
+        self._leash = Leash(links, self._waits, PATIENCE, self._give_up)
+
+    def _waits(self) -> float:
+        since = self._since
+        return 0.0 if since is None else time.monotonic() - since
+
+    def goodbye(self) -> None:
+        """This process ends in order."""
+        if self._leash is not None:
+            self._leash.goodbye()
+
+    def _give_up(self, reason: str) -> None:
+        # The main thread waits inside MLX, where no exception reaches it.
+        try:
+            self.before_end()
+        finally:
+            sys.stdout.flush()
+            print(f"error: {LOST} ({reason}); {GO_ON}", file=sys.stderr, flush=True)
+            os._exit(2)
 
     @property
     def first(self) -> bool:
@@ -74,14 +125,20 @@ class Ranks:
         """The sums of every rank's gradients, evaluated; fp32, in messages of tens of MB."""
         if self.size == 1:
             return grads
-        with self._answer():
-            summed = nn.average_gradients(
-                {name: g.astype(mx.float32) * self.size for name, g in grads.items()}, self._group
-            )
-            # It makes a tree of dotted names.
-            flat = dict(cast(list[tuple[str, mx.array]], tree_flatten(summed)))
-            mx.eval(flat)
-            return flat
+        summed: dict[str, mx.array] = {}
+        for names in _messages(grads):
+            whole = mx.concatenate([grads[n].reshape(-1).astype(mx.float32) for n in names])
+            mx.eval(whole)
+            # The sum and nothing else is evaluated here: when a connection is lost, MLX raises
+            # for an array that was to come through it, and waits for ever for one made of that.
+            with self._answer():
+                whole = mx.distributed.all_sum(whole, group=self._group)
+                mx.eval(whole)
+            ends = np.cumsum([grads[n].size for n in names])[:-1].tolist()
+            for name, part in zip(names, mx.split(whole, ends), strict=True):
+                summed[name] = part.reshape(grads[name].shape)
+        mx.eval(summed)
+        return summed
 
     def share(self, value: Any) -> Any:
         """Rank 0's `value`, anything that JSON can hold."""
@@ -90,8 +147,9 @@ class Ranks:
         data = np.frombuffer(json.dumps(value).encode(), np.uint8) if self.first else None
         (length,) = self.sum([0 if data is None else len(data)])
         own = np.zeros(int(length), np.int32) if data is None else data.astype(np.int32)
-        total = mx.distributed.all_sum(mx.array(own), group=self._group)
-        return json.loads(np.array(total).astype(np.uint8).tobytes())
+        with self._answer():
+            total = mx.distributed.all_sum(mx.array(own), group=self._group)
+            return json.loads(np.array(total).astype(np.uint8).tobytes())
 
     def share_arrays(self, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
         """Rank 0's arrays, bit for bit; the others' own are not looked at."""
@@ -103,11 +161,13 @@ class Ranks:
             kind = getattr(mx, dtype.removeprefix("mlx.core."))
             own = arrays[name] if self.first else mx.zeros(shape, kind)
             # As bytes: adding zeros would lose the sign of -0, and not every type can be added.
-            whole = own.reshape(-1) if own.ndim else own.reshape(1)
-            total = mx.distributed.all_sum(
-                mx.contiguous(whole).view(mx.uint8).astype(mx.int32), group=self._group
-            )
-            shared[name] = total.astype(mx.uint8).view(kind).reshape(shape)
+            whole = mx.contiguous(own.reshape(-1) if own.ndim else own.reshape(1))
+            whole = whole.view(mx.uint8).astype(mx.int32)
+            mx.eval(whole)
+            with self._answer():
+                whole = mx.distributed.all_sum(whole, group=self._group)
+                mx.eval(whole)
+            shared[name] = whole.astype(mx.uint8).view(kind).reshape(shape)
             mx.eval(shared[name])
         return shared
 
@@ -140,23 +200,27 @@ class Ranks:
 
     @contextlib.contextmanager
     def _answer(self) -> Iterator[None]:
-        """Turn a lost connection into ``LostRanks``, and silence for `PATIENCE` into an end."""
-        watch = threading.Timer(PATIENCE, _give_up, (self.rank,))
-        watch.daemon = True
-        watch.start()
+        """Turn a lost connection into ``LostRanks``."""
+        if self._leash is not None and self._leash.broken.is_set():
+            raise LostRanks("it is gone")
+        self._since = time.monotonic()
         try:
             yield
         except RuntimeError as error:
             raise LostRanks(one_line(error)) from None
         finally:
-            watch.cancel()
+            self._since = None
 
 
-def _give_up(rank: int) -> None:
-    # The main thread waits inside MLX, where no exception reaches it.
-    print(
-        f"error: rank {rank}: no answer from the other processes for {PATIENCE / 60:.0f} minutes; "
-        "finished checkpoints are kept, start all again with --resume",
-        flush=True,
-    )
-    os._exit(2)
+def _messages(grads: Mapping[str, mx.array]) -> Iterator[list[str]]:
+    """The names in groups of about `MESSAGE` bytes, in the same order on every rank."""
+    names: list[str] = []
+    size = 0
+    for name in sorted(grads):
+        names.append(name)
+        size += 4 * grads[name].size
+        if size >= MESSAGE:
+            yield names
+            names, size = [], 0
+    if names:
+        yield names

@@ -144,9 +144,9 @@ class TensorBoard:
     every = 30.0
 
     def __init__(self, folder: Path, step: int):
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
-        from tensorboardX.summary import scalar
+        from tensorboardX.event_file_writer import EventsWriter  # pyright: ignore[reportMissingImports]
+        from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportMissingImports]
+        from tensorboardX.summary import scalar  # pyright: ignore[reportMissingImports]
 
         folder.mkdir(parents=True, exist_ok=True)
         self._event, self._scalar = Event, scalar
@@ -175,7 +175,7 @@ class Trackio:
     """A run of Trackio, in its own data base on this machine (``trackio show``)."""
 
     def __init__(self, name: str, identity: str, recipe: Mapping[str, Any]):
-        import trackio
+        import trackio  # pyright: ignore[reportMissingImports]
 
         self._run = trackio.init(
             project=PROJECT, name=f"{name}-{identity}", config=dict(recipe), resume="allow",
@@ -200,7 +200,7 @@ class WeightsAndBiases:
     """
 
     def __init__(self, folder: Path, name: str, identity: str, recipe: Mapping[str, Any]):
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
 
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT), name=name, id=identity,

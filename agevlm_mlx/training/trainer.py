@@ -30,7 +30,7 @@ from .build import Job
 from .log import Metrics, Progress
 from .objective import PARTS, Totals, loss_and_gradients, place, validate
 from .optim import clip, global_norm, learning_rate, make_optimizer
-from .ranks import LostRanks, Ranks
+from .ranks import GO_ON, LOST, LostRanks, Ranks
 from .rules import named_parameters, parameter_scales, set_trainable
 from .stages import Stage, compute_dtype
 
@@ -140,6 +140,7 @@ class Trainer:
         stream = self._stream if self.ranks.first else io.StringIO()
         progress = Progress(self.recipe.stages, self.step, self.recipe.train.log_every, stream)
         self._tell = _Tell(metrics, progress, self._observers)
+        self.ranks.before_end = self._save_unsaved
         try:
             with _signals(self._stop):
                 found, self.job.problems = self.job.problems, []
@@ -157,10 +158,7 @@ class Trainer:
             raise
         except LostRanks as error:
             self._save_unsaved()
-            raise UserError(
-                f"the connection to another process was lost after step {self.step} ({error}); "
-                f"start all again with: agevlm train --resume {self.run} (any number of machines)"
-            ) from None
+            raise UserError(f"{LOST} ({error}); {GO_ON}") from None
         except OSError as error:
             if error.errno not in NO_ROOM:
                 raise
@@ -169,6 +167,7 @@ class Trainer:
                 f"agevlm train --resume {self.run}"
             ) from None
         finally:
+            self.ranks.before_end = lambda: None
             self._tell.close()
         return self.finished
 

@@ -130,7 +130,7 @@ def mlx_masks(teacher: MlxTeacher, image: np.ndarray, asked: list) -> tuple[Any,
 def test_every_mask_of_every_prompt_is_metas(sizes, checkpoint, size, parity):
     from agevlm_mlx.sam.teacher import Teacher
 
-    image, asked = picture(*size), prompts(*size, 6)
+    image, asked = picture(*size), prompts(size[0], size[1], 6)
     theirs, ours = Teacher(checkpoint, device="cpu"), MlxTeacher(checkpoint)
     assert ours.architecture == sizes
     assert ours.fingerprint == theirs.fingerprint

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -259,6 +260,31 @@ def test_half_an_image_at_the_end_of_a_tail_is_cut_off(tmp_path, cut):
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
+def test_a_tail_that_was_cut_grows_behind_the_cut(tmp_path):
+    unfinished(tmp_path, 0, 4)
+    (path,) = tmp_path.glob("tail-*")
+    path.write_bytes(path.read_bytes()[:-5])
+    store = StoreWriter(tmp_path, META)
+    assert len(store.done) == 3
+    for number in range(3, 6):
+        store.add(**image(number))
+    store.flush()
+    store._lock.close()
+    assert list(Store(tmp_path)) == [image(n)["image_key"] for n in range(6)]
+
+
+def test_what_a_crash_leaves_is_swept_away_and_other_files_are_not(tmp_path):
+    fill(tmp_path, range(4))
+    left = [".tmp-0123.json", "tail-00000-2.bin", "tail-00009-0.bin", "shard-00001-1.safetensors"]
+    for name in [*left, "notes.txt", writer.BAD_RECORDS]:
+        (tmp_path / name).write_bytes(b"x")
+    StoreWriter(tmp_path, META).close()
+    names = {p.name for p in tmp_path.iterdir()}
+    assert not names & set(left)
+    assert {"notes.txt", writer.BAD_RECORDS, "index.json"} < names
+    assert len(Store(tmp_path)) == 4
+
+
 def test_a_flipped_bit_in_a_tail_costs_the_images_from_there_on(tmp_path):
     fill(tmp_path / "whole", range(9))
     unfinished(tmp_path / "bit", 5, 3)
@@ -275,7 +301,11 @@ def test_an_images_length_beyond_the_file_takes_no_memory(tmp_path):
     unfinished(tmp_path, 0, 3)
     (path,) = tmp_path.glob("tail-*")
     path.write_bytes(path.read_bytes() + b"\xff" * 12)
+    tracemalloc.start()
     assert len(Store(tmp_path)) == 3
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**24
 
 
 def unfinished(path: Path, finished: int, more: int) -> None:

@@ -528,6 +528,33 @@ def test_bad_images_and_records_stop_or_are_left_out_and_listed(data, tmp_path, 
     assert not (store / "bad_records.jsonl").exists()
 
 
+def test_pictures_in_rows_of_a_table_are_labelled_and_verified(data, tmp_path, capsys):
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [json.loads(line) for line in (data / "data.jsonl").read_text().splitlines()][::2]
+    for row in rows:
+        row["image"] = {"bytes": (data / row["image"]).read_bytes(), "path": None}
+    (tmp_path / "table").mkdir()
+    path = tmp_path / "table/train.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    teacher = FakeTeacher()
+    run(tmp_path / "table", tmp_path / "store", teacher)
+    run(data, tmp_path / "files", FakeTeacher())
+    store, files = Store(tmp_path / "store"), Store(tmp_path / "files")
+    assert list(store) == [f"train.parquet/{i}/image" for i in range(10)]
+    for mine, its in zip(store, files, strict=True):
+        assert store.sha256(mine) == files.sha256(its)
+        for prompt in files.prompts(its):
+            assert np.array_equal(store.target(mine, prompt), files.target(its, prompt))
+    words = ["--out", str(tmp_path / "store"), "--verify", "--data", str(tmp_path / "table")]
+    assert teach.main(words) == 0
+    rows[3]["image"]["bytes"] = rows[4]["image"]["bytes"]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    assert teach.main(words) == 2
+    assert "train.parquet/3/image: changed" in capsys.readouterr().err
+
+
 def test_a_disk_too_small_for_the_store_is_said_before_it_starts(data, tmp_path, monkeypatch):
     free = namedtuple("usage", "total used free")(10**9, 10**9, 900)
     monkeypatch.setattr(room.shutil, "disk_usage", lambda path: free)

@@ -218,12 +218,12 @@ def test_a_rank_killed_stops_all_and_another_number_goes_on(
     processes[2].kill()
     results = ended(processes)
     assert [status for status, _ in results] == [2, 2, -signal.SIGKILL, 2], results
-    said = re.search(r"connection to another process was lost after step (\d+)", results[0][1])
-    assert said, results[0][1]
-    assert f"agevlm train --resume {run}" in results[0][1]
+    assert "the connection to another process was lost" in results[0][1]
+    assert "agevlm train --resume" in results[0][1]
     saved = checkpoint.load(run)
     assert saved is not None
-    assert saved.step == int(said[1])  # no finished step is lost
+    told = [row["step"] for row in read_metrics(run / "metrics.jsonl")]
+    assert saved.step == told[-1]  # no finished step is lost
     results = ended(launch(tmp_path, 3, *MODULE, "--resume", str(run)))
     assert [status for status, _ in results] == [0] * 3, results
     assert f"going on from step {saved.step}" in results[0][1]
