@@ -51,7 +51,8 @@ Images stay where they are: the file has to lie in a folder above them.
 
 def parser() -> argparse.ArgumentParser:
     """The command line of ``agevlm data``."""
-    p = _parser("agevlm data", "Look at a data set, or write it as our own JSONL.", EXAMPLES)
+    p = argparse.ArgumentParser(prog="agevlm data")
+    _describe(p, "Look at a data set, or write it as our own JSONL.", EXAMPLES)
     commands = p.add_subparsers(required=True, metavar="check | convert")
     text = "Decode every picture, tokenise every text, and say what is wrong with them."
     c = commands.add_parser("check", help="count a data set and find what is wrong with it")
@@ -157,13 +158,12 @@ def convert(args: argparse.Namespace) -> int:
         with name.open("w", encoding="utf-8") as file:
             for number, record in enumerate(records, 1):
                 image = os.path.relpath(os.path.abspath(record.image), folder)
-                if image.startswith(".."):
+                if image.split(os.sep)[0] == "..":
                     raise UserError(
                         f"--out {out}: expected a file in a folder above {record.image}; write it "
                         f"to {records.root / out.name}, or link the images there"
                     )
-                own = replace(record, image=Path(Path(image).as_posix()))
-                file.write(to_json(own) + "\n")
+                file.write(to_json(replace(record, image=Path(image))) + "\n")
                 progress.show(number)
 
     atomic.write_file(out, write)
@@ -176,20 +176,11 @@ def convert(args: argparse.Namespace) -> int:
 
 
 def read_student(source: str | None) -> Student:
-    """What the model in a folder makes of data; of a language model, only what its tokenizer does.
-
-    None: the embedded model. ``UserError`` if it cannot be read.
-    """
+    """What the model in a folder makes of data (None: the embedded one). ``UserError`` if it
+    cannot be read."""
     from . import weights
-    from .config import read_json
     from .prompts import context_length
 
-    folder = Path(source).expanduser() if source else None
-    config = read_json(folder / "config.json") if folder and folder.is_dir() else None
-    if folder and isinstance(config, dict) and config.get("model_type") != "agevlm":
-        limit = config.get("max_position_embeddings")
-        tokenizer = weights.load_tokenizer(folder)
-        return Student(tokenizer, limit if isinstance(limit, int) else None)
     loaded = weights.load(source, lazy=True)
     limit = context_length(loaded.model)
     return Student(loaded.tokenizer, limit, loaded.preprocessor, loaded.model.grid)
@@ -197,8 +188,6 @@ def read_student(source: str | None) -> Student:
 
 def _misfits(store: Store, student: Student) -> list[str]:
     """Why the store is not one for the student, in a sentence if there is a reason."""
-    if student.preprocessor is None or student.grid is None:
-        return []
     try:
         store.check(student.preprocessor.fingerprint(), student.grid)
     except UserError as error:
@@ -244,16 +233,9 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _parser(prog: str, description: str, examples: str) -> argparse.ArgumentParser:
-    return _describe(argparse.ArgumentParser(prog=prog), description, examples)
-
-
-def _describe(
-    parser: argparse.ArgumentParser, description: str, examples: str
-) -> argparse.ArgumentParser:
+def _describe(parser: argparse.ArgumentParser, description: str, examples: str) -> None:
     parser.description, parser.epilog = description, examples
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    return parser
 
 
 if __name__ == "__main__":

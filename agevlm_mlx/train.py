@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from . import atomic, config, watch
+from . import atomic, config, malloc, watch
 from .errors import UserError, command
 from .training import checkpoint, preview, toml, trackers
 from .training.build import Job, export, prepare
@@ -56,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run ``agevlm train``; 0 when the model is written or a signal ended the run in order."""
     args = parser().parse_args(argv)
+    malloc.keep_freed()
     ranks = Ranks.start()
     try:
         status = _run(args, ranks)

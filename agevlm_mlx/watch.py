@@ -156,8 +156,8 @@ class Pictures:
 
 
 def _look(record: Record, job: Job, store: Any, folder: Path) -> Look | None:
-    """The first phrase of a record; None if its picture or text cannot be shown."""
-    phrase = record.phrases[0]
+    """The first phrase of a guided record; None if its picture or text cannot be shown."""
+    phrase = next(p for p in record.phrases if p.box or p.point or p.mask is not None)
     try:
         image = load_image(record.image)
         bare = Phrase(phrase.text, phrase.turn, phrase.start, phrase.end)

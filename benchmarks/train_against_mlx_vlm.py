@@ -5,7 +5,7 @@
 Theirs: SmolVLM (mlx-vlm's idefics3: SigLIP-B/16 at 224 pixels, pixel shuffle to 49 image tokens in
 front of SmolLM2-135M), all of it trained by ``mlx_vlm.trainer`` (its engine, its loss, MLX's AdamW
 with clipping), on prepared examples. Its SmolVLM has an output layer of its own, ours shares the
-embedding: 28 M of 255 M parameters more for its optimiser. Ours: `concat`, the same network
+embedding: theirs has 28 M parameters more to move. Ours: `concat`, the same network
 otherwise; `cross`, and `cross` with its attention guided. One text of 64 tokens an image, 48 of
 them supervised (and 8 guided). Both programs run in this process and take turns; a step is loss,
 gradients, clipping and optimiser as each program times it (theirs: its own ``step_time``).

@@ -27,10 +27,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-if "--threads" in sys.argv[1:-1]:  # before OpenBLAS is opened, which asks only then
-    os.environ["OPENBLAS_NUM_THREADS"] = sys.argv[sys.argv.index("--threads") + 1]
+_early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+_early.add_argument("--threads", default=os.environ.get("OPENBLAS_NUM_THREADS", os.cpu_count()))
+# Before OpenBLAS is opened, which asks only then.
+os.environ["OPENBLAS_NUM_THREADS"] = str(_early.parse_known_args()[0].threads)
 
-from agevlm_mlx.openblas import preload
+from agevlm_mlx.openblas import preload  # noqa: E402
 
 preload()  # before the first import of mlx
 
@@ -328,7 +330,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=2, help="images of a step (2)")
     parser.add_argument("--tokens", type=int, default=64, help="of the text of an image (64)")
     parser.add_argument("--trials", type=int, default=7, help="steps of each program (7)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of both programs")
+    threads = os.environ["OPENBLAS_NUM_THREADS"]
+    parser.add_argument("--threads", type=int, default=threads, help="of both (all cores)")
     parser.add_argument("--tiny", action="store_true", help="miniatures, to test this script")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number and fact")
     args = parser.parse_args(argv)

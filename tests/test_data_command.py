@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ from agevlm_mlx.data.chat import build_tokenizer
 from agevlm_mlx.data.counting import Student, count
 from agevlm_mlx.data.image import Preprocessor
 from agevlm_mlx.data.record_set import read_records
-from agevlm_mlx.data.report import Picture, Pictures, Texts
+from agevlm_mlx.data.report import Labels, Picture, Pictures, Texts
 from agevlm_mlx.data.scenes import write_scenes
-from agevlm_mlx.data_command import main
+from agevlm_mlx.data_command import _misfits, main
 from agevlm_mlx.sam.index import StoreMeta, prompt_key
 from agevlm_mlx.sam.store import Store, StoreWriter, image_sha256
 from agevlm_mlx.sam.targets import rle_encode
@@ -136,7 +137,7 @@ def test_texts_whose_phrases_cannot_be_found_fail(write, student):
     )
     records = read_records(path, on_error="skip")
     assert not count("data", records, student).texts.unaligned
-    found = count("data", records, Student(tokenizer))
+    found = count("data", records, replace(student, tokenizer=tokenizer))
     assert found.texts.unaligned == 1
     assert found.fails
     (problem,) = found.problems
@@ -265,10 +266,34 @@ def test_a_store_that_lacks_prompts_or_was_made_for_other_files_fails(labelled, 
     assert (found.labels.missing_prompts, found.labels.other_files) == (1, 1)
     assert found.fails
     assert "agevlm teach" in found.advice
+    assert json.loads(json.dumps(found.to_dict()))["store"]["missing_prompts"] == 1
+    assert "  1 box or point without a mask" in list(found.lines())
     Image.new("RGB", (64, 48)).save(path.parent / "new.png")
     with path.open("a") as file:
         file.write(json.dumps(item(2, "new.png", phrases=[dog(box=BOX)])) + "\n")
     assert report(path, student, store=Store(store)).labels.missing_images == 1
+
+
+def test_a_phrase_without_a_place_fails_where_a_store_is_used(labelled, student):
+    path, store = labelled([BOX, [0.0, 0.0, 20.0, 20.0]])
+    one = json.loads(path.read_text())
+    one["phrases"].append(dog())
+    path.write_text(json.dumps(one))
+    assert not report(path, student).fails
+    found = report(path, student, store=Store(store))
+    (problem,) = found.problems
+    assert "no box, point or mask" in problem.problem
+    assert found.fails
+
+
+def test_a_store_of_another_grid_does_not_fit_the_model(labelled, student):
+    _, path = labelled([BOX])
+    store = Store(path)
+    assert _misfits(store, student) == []
+    (problem,) = _misfits(store, replace(student, grid=(4, 4)))
+    assert "4x4" in problem
+    labels = Labels(str(path), problems=[problem])
+    assert not labels.fit
 
 
 # --- the command -------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -157,6 +158,24 @@ def test_damaged_maps_are_forgotten(pictures: Pictures, shipped: Any, content: b
     assert pictures.said == []
 
 
+class Evil:
+    """Unpickled, it would make a folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.folder),)
+
+
+def test_nothing_in_the_maps_is_unpickled(pictures: Pictures, shipped: Any, tmp_path: Path):
+    pictures.folder.mkdir()
+    steps = np.array([Evil(tmp_path / "evil")], object)
+    np.savez(pictures.folder / "looks.npz", steps=steps, maps=np.zeros((1, 2, 8, 8)))
+    assert pictures._load() == {}
+    assert not (tmp_path / "evil").exists()
+
+
 def test_without_matplotlib_the_looks_are_drawn_and_one_line_says_what_to_do(
     pictures: Pictures, shipped: Any, monkeypatch: pytest.MonkeyPatch
 ):
@@ -293,6 +312,14 @@ def test_a_point_without_a_teacher_has_no_outline(wide: Path, shipped: Any):
     assert inside(look, np.ones((8, 8))) == ""
     page = sheet([look], np.full((1, 8, 8), 0.01), "title")
     assert page.width > 500
+
+
+def test_words_that_nothing_is_known_about_are_passed_over(wide: Path, shipped: Any):
+    turns = (Turn("user", "Is there a dog?"), Turn("assistant", "Yes, a cat."))
+    phrases = (Phrase("dog", 0, 11, 14), Phrase("cat", 1, 7, 10, box=(0, 0, 60, 30)))
+    records = Records.from_list([Record("1", wide, turns, phrases)], wide.parent)
+    looks = Pictures(wide.parent, job_of(shipped, records)).looks
+    assert [look.phrase for look in looks] == ["cat"]
 
 
 def test_a_picture_that_cannot_be_read_is_not_watched(wide: Path, shipped: Any):

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from ..config import read_json
-from ..data.outlines import instance_mask
 from ..data.image import load_image
 from ..data.noun_vocabulary import NounVocabulary
 from ..data.nouns import theme_of
+from ..data.outlines import instance_mask
 from ..data.record_set import read_records
 from ..data.records import Phrase, Record, inside
 from ..errors import UserError

@@ -42,14 +42,14 @@ _TURNED, _ORIENTATION = ("JPEG", "MPO", "WEBP", "TIFF"), 0x0112
 class Student:
     """What the model to be trained makes of data.
 
-    limit: tokens that its language model takes. preprocessor and grid: how pictures come to its
-    token grid; None where only the language model is known.
+    limit: tokens that its language model takes; None: it does not say. preprocessor and grid: how
+    pictures come to its token grid.
     """
 
     tokenizer: Any
-    limit: int | None = None
-    preprocessor: Preprocessor | None = None
-    grid: tuple[int, int] | None = None
+    limit: int | None
+    preprocessor: Preprocessor
+    grid: tuple[int, int]
 
 
 @dataclass
@@ -167,8 +167,7 @@ class _Look:
             return seen
         seen.size = width, height
         held = self._compare(image, seen, sha256)
-        student = self.student
-        geometry = student.preprocessor.geometry(width, height) if student.preprocessor else None
+        geometry = self.student.preprocessor.geometry(width, height)
         for number in numbers[self.records.guided[numbers]]:
             self._phrases(self.records[int(number)], (width, height), geometry, held, seen)
         return seen
@@ -194,7 +193,7 @@ class _Look:
         self,
         record: Record,
         size: tuple[int, int],
-        geometry: Geometry | None,
+        geometry: Geometry,
         held: tuple[str, frozenset[str]],
         seen: _Seen,
     ) -> None:
@@ -207,8 +206,7 @@ class _Look:
                 seen.misplaced += 1
                 first = first or Problem.of(error, str(record.image), record.id)
                 continue
-            if geometry is not None:
-                seen.unfit[self._unfit(phrase, mask, geometry, held) or ""] += 1
+            seen.unfit[self._unfit(phrase, mask, geometry, held) or ""] += 1
         if first is not None:
             seen.problems.append(first)
 
@@ -221,7 +219,6 @@ class _Look:
     ) -> str | None:
         """Why a phrase guides nothing: "small", "large"; None if it does, or nobody knows."""
         grid, where = self.student.grid, phrase.box or phrase.point
-        assert grid is not None
         cells = grid[0] * grid[1]
         if self.store is not None and where and prompt_key(where) in held[1]:
             if self.store.meta.grid != grid:

@@ -114,8 +114,8 @@ class Phrases:
     #: Whose mask guides nothing on the token grid; for boxes it is the box that is measured.
     too_small: int = 0
     too_large: int = 0
-    #: (rows, columns) of the grid; None: sizes were not compared with one.
-    grid: tuple[int, int] | None = None
+    #: Rows and columns of that grid.
+    grid: tuple[int, int] = (0, 0)
     frequent: Counter[str] = field(default_factory=Counter)
 
 
@@ -196,7 +196,6 @@ class Report:
         if pictures.odd:
             yield f"{_n(pictures.odd, 'picture')} of an odd shape"
         if phrases.too_small or phrases.too_large:
-            assert phrases.grid is not None
             yield (
                 f"{_n(phrases.too_small, 'phrase')} too small and {phrases.too_large:,} too large "
                 f"to guide on a grid of {phrases.grid[0]}x{phrases.grid[1]} tokens"

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from .. import config
-from ..data.outlines import instance_mask
 from ..data.noun_vocabulary import NounVocabulary
 from ..data.nouns import theme_of
+from ..data.outlines import instance_mask
 from ..errors import UserError
 from ..sam.targets import rle_decode, rle_encode
 from . import yes_no

@@ -30,7 +30,7 @@ from . import adapters
 from .labels import Labelling
 from .objective import FeatureAdaptor
 from .ranks import Ranks
-from .rules import parameter_scales
+from .rules import named_parameters, parameter_scales
 from .stages import DataSpec, ModelSpec, Recipe, Stage, compute_dtype
 
 Say = Callable[[str], None]
@@ -53,6 +53,9 @@ class Job:
     store: Store | None
     val_records: Records | None
     val_store: Store | None
+    #: What is trained as it was before it was rounded to what the model computes in; empty where
+    #: that is float32.
+    masters: dict[str, mx.array] = field(default_factory=dict)
     #: Records and images that are left out (``data.on_error = "skip"``), as far as known.
     problems: list[Problem] = field(default_factory=list)
 
@@ -129,6 +132,7 @@ def prepare(
         _check_same(ranks, records)
         mx.random.seed(recipe.train.seed)
         model, tokenizer, preprocessor = _model(recipe, records, run, ranks)
+        masters = _masters(recipe, model)
         model.set_dtype(compute_dtype(recipe.train))
 
     features = any(stage.losses.features > 0 for stage in recipe.stages)
@@ -144,7 +148,9 @@ def prepare(
             model.sam_adaptor = FeatureAdaptor(width, channels, model.vision_grid, model.grid)
         mx.eval(model.parameters())
         model.train()
-        job = Job(recipe, model, tokenizer, preprocessor, records, store, val_records, val_store)
+        job = Job(
+            recipe, model, tokenizer, preprocessor, records, store, val_records, val_store, masters
+        )
         for stage in recipe.stages:
             parameter_scales(model, stage)
             job.batches(stage)  # are its texts there?
@@ -158,6 +164,14 @@ def prepare(
             labelling.check_guided(records, store)
         job.problems += _problems(recipe, records, val_records)
     return job
+
+
+def _masters(recipe: Recipe, model: AgeVLM) -> dict[str, mx.array]:
+    if compute_dtype(recipe.train) == mx.float32:
+        return {}
+    names = {name for stage in recipe.stages for name in parameter_scales(model, stage)}
+    own = named_parameters(model)
+    return {name: own[name].astype(mx.float32) for name in names}
 
 
 def _downloaded(recipe: Recipe, ranks: Ranks) -> Recipe:
@@ -178,12 +192,13 @@ def _check_same(ranks: Ranks, records: Records) -> None:
     names = "\n".join([*records.kinds, *(image.name for image in records.images)])
     own = [len(records), len(records.images), zlib.crc32(names.encode())]
     wanted = ranks.share(own)
-    if own != wanted:
-        raise UserError(
-            f"rank {ranks.rank}: expected the data of rank 0 ({wanted[0]:,} records of "
-            f"{wanted[1]:,} images), got {own[0]:,} records of {own[1]:,} images, or other "
-            "names; copy the same data to every machine"
-        )
+    with ranks.together():
+        if own != wanted:
+            raise UserError(
+                f"rank {ranks.rank}: expected the data of rank 0 ({wanted[0]:,} records of "
+                f"{wanted[1]:,} images), got {own[0]:,} records of {own[1]:,} images, or other "
+                "names; copy the same data to every machine"
+            )
 
 
 def _problems(recipe: Recipe, *sets: Records | None) -> list[Problem]:

@@ -179,19 +179,21 @@ class Progress:
         head = f"step {step}/{self.total} {self._stage} | "
         sums = {name: sum(cost[name] for cost in self._costs) for name in self._all}
         seconds = max(sums["seconds"], 1e-9)
-        losses = " ".join(f"{name} {value:.4g}" for name, value in self._means().items())
+        means = list(self._means().items())
+        all_losses = " ".join(f"{name} {value:.4g}" for name, value in means)
+        short = [f"{name} {value:.3g}" for name, value in means]
+        speed, wait = f"{sums['tokens'] / seconds:.0f} tok/s", f"{sums['waited'] / seconds:.0%}"
+        images, memory = f" {sums['images'] / seconds:.3g} img/s", memory_text(peak)
         skipped = f", {self._skipped} skipped" if self._skipped else ""
-        speed = f" | {sums['tokens'] / seconds:.0f} tok/s"
-        images = f" {sums['images'] / seconds:.3g} img/s"
-        wait = f", data wait {sums['waited'] / seconds:.0%}"
-        memory = f", peak {memory_text(peak)}"
         eta = f", ETA {clock(self._left(step, now))}"
+        end = f", data wait {wait}, peak {memory}{eta}"
         forms = [
-            head + losses + skipped + speed + images + wait + memory + eta,
-            head + losses + skipped + speed + wait + memory + eta,
-            head + losses + skipped + speed + wait + eta,
-            head + losses + skipped + eta,
-            head + losses,
+            f"{head}{all_losses}{skipped} | {speed}{images}{end}",
+            f"{head}{all_losses}{skipped} | {speed}{end}",
+            f"{head}{' '.join(short)}{skipped} | {speed}, wait {wait}, {memory}{eta}",
+            f"{head}{''.join(short[:1])}{skipped} | {speed}, wait {wait}, {memory}{eta}",
+            f"{head}{''.join(short[:1])}{eta}",
+            f"{head}{''.join(short[:1])}",
         ]
         if not self.live:
             return forms[0]

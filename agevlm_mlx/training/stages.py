@@ -195,7 +195,7 @@ class TrainSpec:
     #: Of the forward and backward pass; the trained parameters are kept in float32 as well.
     #: ``auto`` is bfloat16 on a GPU and float32 on a CPU.
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    #: mx.compile of the step; ``auto`` is on a GPU only.
+    #: mx.compile of the update; ``auto`` is on a GPU only.
     compile: Literal["auto", "on", "off"] = "auto"
     #: Compute the layers again in the backward pass instead of keeping what is in them.
     grad_checkpoint: bool = False

@@ -27,9 +27,10 @@ from ..models.recompute import recomputed
 from . import checkpoint
 from .averaging import Average
 from .build import Job
+from .compiled import make_update, wants_compile
 from .log import Metrics, Progress
 from .objective import PARTS, Totals, loss_and_gradients, place, validate
-from .optim import clip, global_norm, learning_rate, make_optimizer
+from .optim import global_norm, learning_rate, make_optimizer
 from .ranks import GO_ON, LOST, LostRanks, Ranks
 from .rules import named_parameters, parameter_scales, set_trainable
 from .stages import Stage, compute_dtype
@@ -83,8 +84,8 @@ class Trainer:
         self.optimizer = make_optimizer(self.recipe.train)
         self.average = Average(self.recipe.train.ema) if self.recipe.train.ema else None
         self.dtype = compute_dtype(self.recipe.train)
-        #: What the stage trains, in float32, where the model computes in less.
-        self.masters: dict[str, mx.array] = {}
+        #: What this stage and later ones train, in float32, where the model computes in less.
+        self.masters = dict(job.masters)
         self.step = 0
         #: The best validation so far: {"step", "val_lm"}.
         self.best: dict[str, Any] | None = None
@@ -182,11 +183,11 @@ class Trainer:
         set_trainable(self.model, scales)
         self.optimizer.keep_only(scales)
         if self.dtype != mx.float32:
-            own = named_parameters(self.model, trainable=True)
-            self.masters = {
-                name: self.masters.get(name, value.astype(mx.float32))
-                for name, value in own.items()
-            }
+            self.masters = self._still_trained(index)
+        self._names = list(scales)
+        self._step_weights = make_update(
+            self.optimizer, scales, self.recipe.train.clip, wants_compile(self.recipe.train)
+        )
         batches = self.job.batches(stage)
         parts, count = self._parts(stage)
         end = self.step + stage.steps - within
@@ -202,7 +203,7 @@ class Trainer:
                 waited = time.perf_counter() - start
                 self._bad_records(batches.take_problems())
                 lr = learning_rate(stage, step_in_stage)
-                report, tokens = self._update(stage, drawn, lr, scales)
+                report, tokens = self._update(stage, drawn, lr)
                 self.step += 1
                 row = {k: float(f"{v:.6g}") for k, v in report.items()} | {"lr": float(f"{lr:.6g}")}
                 seconds = round(time.perf_counter() - start, 4)
@@ -238,7 +239,7 @@ class Trainer:
         return filled, count
 
     def _update(
-        self, stage: Stage, drawn: Sequence[Batch], lr: float, scales: dict[str, float]
+        self, stage: Stage, drawn: Sequence[Batch], lr: float
     ) -> tuple[dict[str, float], int]:
         """One optimiser step; the numbers to report, and the text tokens of the whole batch."""
         own = Totals.of(drawn)
@@ -258,10 +259,9 @@ class Trainer:
             self._not_finite(stage, drawn, report, grads)
             return {"skipped": 1.0}, int(size)
         self._in_a_row = 0
-        grads = clip(grads, norm, self.recipe.train.clip)
-        params = self.optimizer.update(self._trained(), grads, lr, scales)
+        params = self._step_weights(self._trained(), grads, norm, lr)
         if self.masters:
-            self.masters = params
+            self.masters |= params
         place(self.model, params, self.dtype)
         del grads  # nothing may hold what is updated in place
         mx.eval(self.model.parameters(), params, self.optimizer.state)
@@ -272,7 +272,18 @@ class Trainer:
 
     def _trained(self) -> dict[str, mx.array]:
         """What the stage trains, in float32."""
-        return self.masters or named_parameters(self.model, trainable=True)
+        own = self.masters or named_parameters(self.model, trainable=True)
+        return {name: own[name] for name in self._names}
+
+    def _still_trained(self, index: int) -> dict[str, mx.array]:
+        """Float32 copies of what this stage or a later one trains; new ones from the model."""
+        own = named_parameters(self.model)
+        names = {n for s in self.recipe.stages[index:] for n in parameter_scales(self.model, s)}
+        return {
+            name: self.masters.get(name, value.astype(mx.float32))
+            for name, value in own.items()
+            if name in names
+        }
 
     def _gradients(
         self, stage: Stage, drawn: Sequence[Batch], totals: Totals

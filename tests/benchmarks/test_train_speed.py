@@ -12,6 +12,12 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script says how many threads there are; no other test is to hear it."""
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
+
+
 def _load(path: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
     assert spec is not None

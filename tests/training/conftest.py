@@ -105,6 +105,7 @@ class NoiseJob:
     model: AgeVLM
     val_records: bool = True
     problems: list[Any] = field(default_factory=list)
+    masters: dict[str, mx.array] = field(default_factory=dict)
 
     def batches(self, stage: Stage) -> Any:
         return NoiseBatches(stage)

@@ -6,6 +6,7 @@ import pytest
 
 from agevlm_mlx.config import FusionConfig, ModelConfig
 from agevlm_mlx.models.agevlm import AgeVLM
+from agevlm_mlx.training.losses import attention_loss, feature_loss, token_loss
 from agevlm_mlx.training.objective import FeatureAdaptor, loss_and_gradients
 from agevlm_mlx.training.optim import AdamW
 from agevlm_mlx.training.rules import named_parameters
@@ -78,6 +79,27 @@ def test_losses_and_gradients_of_a_bfloat16_step_are_float32(tiny_model_config, 
     for name, grad in full_grads.items():
         size = mx.linalg.norm(grad).item()
         assert mx.linalg.norm(grads[name] - grad).item() < 0.15 * size + 1e-3, name
+
+
+def test_every_loss_of_bfloat16_is_that_of_the_same_numbers_in_float32():
+    def both(loss, *arrays):
+        short = [mx.array(a).astype(mx.bfloat16) for a in arrays]
+        return loss(*short), loss(*(a.astype(mx.float32) for a in short))
+
+    rng = np.random.default_rng(0)
+    labels, ones = rng.integers(50, size=30), np.ones(30, np.float32)
+    maps, masks = rng.random((8, 2, 2, 16)) / 16, rng.random((8, 16))
+    for ours, wanted in (
+        both(lambda x: token_loss(x, labels, ones)[0], rng.normal(size=(30, 50))),
+        both(lambda a, t: attention_loss(a, t, mx.ones(8), "kl"), maps, masks),
+        both(
+            lambda p, t: feature_loss(p, t, mx.ones((2, 4))),
+            rng.normal(size=(2, 4, 6)),
+            rng.normal(size=(2, 4, 6)),
+        ),
+    ):
+        assert ours.dtype == mx.float32
+        assert ours.item() == wanted.item()
 
 
 def steps(model: AgeVLM, masters: dict[str, mx.array], n: int) -> None:
