@@ -122,7 +122,7 @@ def test_bad_input_is_one_line_and_writes_nothing(change, message, command, tmp_
 def test_a_folder_without_captions_and_one_with_a_single_picture(command, data, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert analyze.main([*command, "--data", str(tmp_path / "empty")]) == 2
-    assert "captions.json with instances.json" in capsys.readouterr().err
+    assert "expected llava.json, one .jsonl file, " in capsys.readouterr().err
     single = tmp_path / "single"
     (single / "images").mkdir(parents=True)
     for kind in ("captions", "instances"):

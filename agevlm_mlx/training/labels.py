@@ -42,7 +42,7 @@ class Labelling:
         """The checked store ``data.<key>`` at `path` for `data`; None if the recipe names none."""
         if path is None or data is None or records is None:
             return None
-        wanted = Jobs(records, every_image=features)
+        wanted = Jobs(records, every_image=features, on_error=self.recipe.data.on_error)
         if not self._complete(path, wanted):
             if not self.recipe.data.teach:
                 command = shlex.join(self._command(path, data, features)[1:])

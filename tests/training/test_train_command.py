@@ -116,7 +116,7 @@ def test_a_dry_run_shows_what_would_be_trained_and_writes_nothing(
     out = capsys.readouterr().out
     assert re.search(r"vision_tower +[\d,]+ +frozen +lr x 0\.5", out)
     assert re.search(r"cross-attention +[\d,]+ +lr x 1 +lr x 1", out)
-    assert re.search(r"guide: 14 steps of 4 images, [\d.]+ s a step here", out)
+    assert re.search(r"guide +14 +4 +[\d.]+", out)
     assert re.search(r"<\|user\|>Describe the image\.<\|assistant\|>\[", out)
     assert re.search(r"<\|user\|>Is there an? .*<\|assistant\|>\^?\[(Yes|No)<\|end\|>\]", out)
     assert "^" in out.split("guide, record")[1]
