@@ -10,22 +10,23 @@ import argparse
 import contextlib
 import dataclasses
 import importlib.util
+import json
 import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from . import errors, openblas
 from .data.image import Preprocessor
-from .data.record_set import OnError, read_records, write_problems
+from .data.record_set import OnError, read_problems, read_records, write_problems
 from .data.records import Problem
-from .errors import UserError
+from .errors import UserError, one_line
 from .sam.automatic import Automatic
-from .sam.jobs import Jobs, survey
+from .sam.jobs import Job, Jobs, survey
 from .sam.labelling import Labelled, Labeller, label_all
 from .sam.launchers import launched
 from .sam.merging import merge_stores
@@ -137,6 +138,7 @@ def main(argv: list[str] | None = None) -> int:
         workers=args.workers,
         dry_run=args.dry_run,
         problems=problems,
+        part=shards > 1,
     )
     if shards > 1 and not args.dry_run:
         print(
@@ -155,11 +157,13 @@ def teach(
     dry_run: bool = False,
     labeller: Labeller | None = None,
     problems: Sequence[Problem] = (),
+    part: bool = False,
 ) -> int:
     """Label `jobs` into the store `out`, those that it lacks. Returns the exit status.
 
     `labeller` replaces the one that `make` would build, and then no process is started.
     `problems` are records left out already, to be listed with the images that are.
+    `part`: the jobs are one shard of the data's, in which there may be nothing to label.
     """
     here = labeller or make()
     teacher = here.teacher
@@ -177,7 +181,7 @@ def teach(
         return 0
     with StoreWriter(out, meta) as writer:
         plan = survey(jobs, meta, writer, counting.show_of)
-        if not plan.total:
+        if not plan.total and not part:
             raise UserError(f"{out}: expected phrases with a box or a point, got none to label")
         if len(plan.todo) < plan.total:
             print(f"{out}: {plan.total - len(plan.todo)} of {plan.total} images are done already")
@@ -185,7 +189,7 @@ def teach(
         check_space(plan, out)
         count = 1 if labeller else _workers(workers, teacher)
         results = label_all(
-            (jobs[int(number)] for number in plan.todo),
+            _lacking(jobs, plan.todo, writer),
             (lambda: here) if count == 1 else dataclasses.replace(make, threads=1),
             workers=count,
             batch_size=teacher.batch_size,
@@ -215,6 +219,13 @@ def teach(
     return 0
 
 
+def _lacking(jobs: Jobs, numbers: Iterable[int], writer: StoreWriter) -> Iterator[Job]:
+    """These jobs, without the prompts that the store has masks for."""
+    for number in numbers:
+        job = jobs[int(number)]
+        yield job.without(writer.prompts(job.key) if job.key in writer.done else ())
+
+
 def verify(out: Path, data: Path | None) -> int:
     """Hash a store, and the images of `data`, again."""
     store = Store(out)
@@ -229,6 +240,11 @@ def merge(parts: Sequence[Path], out: Path) -> int:
     """Put the images of several stores into one. ``UserError`` if they do not fit together."""
     check_free(out, sum(disk(part) for part in parts if part.is_dir()))
     images = merge_stores(parts, out, Progress(0, "images merged", brief=True).show_of)
+    lists = [path for path in (folder / BAD_RECORDS for folder in (out, *parts)) if path.exists()]
+    problems = dict.fromkeys(problem for path in lists for problem in read_problems(path))
+    if problems:
+        write_problems(out / BAD_RECORDS, problems)
+        print(f"{out}: {len(problems)} left out, listed in {out / BAD_RECORDS}")
     print(f"{out}: {images} images from {len(parts)} stores, {megabytes(disk(out))} on disk")
     return 0
 
@@ -320,10 +336,22 @@ def add_student_arguments(parser: argparse.ArgumentParser) -> None:
     add("--image-size", type=_positive, metavar="PIXELS", help="side of the student's input")
     add("--resize", choices=("pad", "crop", "stretch"), help="how images become square")
     add("--grid", type=_grid, metavar="ROWSxCOLS", help="the student's token grid (default 8x8)")
+    add("--preprocessing", metavar="JSON", help="all of a preprocessor_config.json, in its place")
 
 
 def student(args: argparse.Namespace) -> tuple[Preprocessor, tuple[int, int]]:
     """The student's preprocessing and token grid, from its folder or from flags."""
+    if args.preprocessing is not None:
+        if args.model or args.image_size or args.resize:
+            raise UserError(
+                "--preprocessing already says all that --model, --image-size and --resize say; "
+                "drop those flags"
+            )
+        try:
+            table = json.loads(args.preprocessing)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"--preprocessing: expected JSON, got {one_line(error)}") from None
+        return Preprocessor.from_dict(table, "--preprocessing"), args.grid or (8, 8)
     if args.model is None:
         chosen = {"image_size": args.image_size, "resize": args.resize}
         given = {name: value for name, value in chosen.items() if value is not None}

@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
 @command
 def main(argv: list[str] | None = None) -> int:
     """Run ``agevlm train``; 0 when the model is written or a signal ended the run in order."""
-    args = parser().parse_args(argv)
+    args = parser().parse_intermixed_args(argv)
     malloc.keep_freed()
     ranks = Ranks.start()
     try:
@@ -77,8 +77,9 @@ def _run(args: argparse.Namespace, ranks: Ranks) -> int:
     recipe, run = config.from_dict(Recipe, tables[0]), Path(tables[1])
     if args.dry_run:
         return _dry_run(recipe) if ranks.first else 0
-    if ranks.first:
-        trackers.require(recipe.train.report_to)
+    with ranks.together():
+        if ranks.first:
+            trackers.require(recipe.train.report_to)
     if ranks.size > 1:
         say(f"{ranks.size} processes train together")
     job = prepare(recipe, args.resume, say, ranks=ranks)

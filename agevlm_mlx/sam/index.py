@@ -138,6 +138,9 @@ class Index:
     shards: list[Shard] = field(default_factory=list)
     images: dict[str, Entry] = field(default_factory=dict)
     version: int = VERSION
+    #: The open files of the shards. They can be read even after a writer has deleted them for
+    #: larger ones; empty in version 1, which no writer continues.
+    files: list[Any] = field(default_factory=list)
 
     @classmethod
     def empty(cls, meta: StoreMeta) -> "Index":
@@ -207,6 +210,7 @@ def read_index(folder: Path) -> Index:
             file = open_shard(folder, shard, meta)
             entries = read_entries(folder / shard.file, file, shard)
             index.images.update(located(number, entries))
+            index.files.append(file)
     return index
 
 

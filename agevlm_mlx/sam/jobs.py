@@ -1,7 +1,7 @@
 """What a teacher is to be asked about each image of a data set, and how much that comes to."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,12 @@ class Job:
     def keys(self) -> tuple[str, ...]:
         """All prompt keys, the ready masks first."""
         return (*self.ready, *self.prompts)
+
+    def without(self, names: Collection[str]) -> "Job":
+        """The same image without the prompts that are in `names`."""
+        prompts = {name: prompt for name, prompt in self.prompts.items() if name not in names}
+        ready = {name: mask for name, mask in self.ready.items() if name not in names}
+        return Job(self.key, self.path, prompts, ready)
 
 
 class Jobs:
@@ -115,14 +121,23 @@ class Jobs:
         self._problems[problem] = None
 
 
-def complete(store: Store, jobs: Jobs) -> bool:
-    """Whether the store holds masks for all prompts of all jobs."""
-    for job in jobs:
-        if job.keys and not (job.key in store and set(job.keys) <= set(store.prompts(job.key))):
-            return False
-        if store.meta.feature_channels and job.key not in store:
-            return False
-    return True
+def complete(store: Store, jobs: Jobs, left_out: Collection[str] = ()) -> bool:
+    """Whether the store holds masks for all prompts of all jobs.
+
+    left_out: where the problems are that the teacher met, among them the paths of images that it
+    could not use, perhaps from another folder of theirs. Nothing is wanted of those.
+    """
+
+    def lacks(job: Job) -> bool:
+        if job.key not in store:
+            return bool(job.keys or store.meta.feature_channels)
+        return not set(job.keys) <= set(store.prompts(job.key))
+
+    return not any(lacks(job) and not _is_among(job.key, left_out) for job in jobs)
+
+
+def _is_among(key: str, paths: Collection[str]) -> bool:
+    return any(path == key or path.endswith(f"/{key}") for path in paths)
 
 
 def image_key(image: Path, root: Path) -> str:
@@ -149,9 +164,11 @@ def _shown(phrase: Phrase, prompt: str) -> Prompt:
 
 @dataclass(frozen=True)
 class Survey:
-    """The images that a store lacks: their numbers among the jobs, and what they come to.
+    """The images that a store lacks, or lacks masks of: their numbers among the jobs, and what
+    they come to.
 
-    total: images with anything to store. size: bytes in the store, known to a percent.
+    total: images with anything to store. prompts: masks to be made. size: bytes in the store,
+    known to a percent.
     """
 
     todo: np.ndarray
@@ -168,12 +185,13 @@ def survey(
 ) -> Survey:
     """Go through all jobs once. `progress` is called with (images seen, images in all).
 
-    An image is done if the store of `writer` holds masks for all its prompts. ``UserError`` if
-    finished images have changed.
+    An image is done if the store of `writer` holds masks for all its prompts, and is otherwise
+    stored anew with those that it has and those that it lacks. ``UserError`` if finished images
+    have changed.
     """
     todo: list[int] = []
     finished: list[int] = []
-    total = prompts = size = 0
+    total = prompts = kept = size = 0
     done = writer.done if writer is not None else ()
     for number in range(len(jobs)):
         job = jobs[number]
@@ -182,16 +200,20 @@ def survey(
         if not job.keys and not meta.feature_channels:
             continue
         total += 1
+        held: tuple[str, ...] = ()
         if writer is not None and job.key in done:
             finished.append(number)
-            if set(job.keys) <= set(writer.prompts(job.key)):
+            held = writer.prompts(job.key)
+            job = job.without(held)
+            if not job.keys:
                 continue
         todo.append(number)
         prompts += len(job.keys)
-        size += len(entry_text(job.key, "0" * 64, job.keys)) + 1
+        kept += len(held)
+        size += len(entry_text(job.key, "0" * 64, [*held, *job.keys])) + 1
     if writer is not None:
         _check_unchanged(jobs, finished, writer)
-    size += prompts * (meta.cells + 2) + len(todo) * meta.cells * meta.feature_channels * 2
+    size += (prompts + kept) * (meta.cells + 2) + len(todo) * meta.cells * meta.feature_channels * 2
     size += _HEADER + size // SHARD_BYTES * _HEADER
     return Survey(np.array(todo, np.int64), total, prompts, size)
 

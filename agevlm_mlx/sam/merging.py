@@ -18,13 +18,16 @@ def merge_stores(
 
     The first image of each part comes first, then the second ones: the shards 1/n to n/n of a data
     set make the store that one machine would have made. An image of several parts gets the masks
-    of all of them. Killed, the same call continues. ``UserError`` before anything is written if
-    parts were made otherwise, or hold different files under one image key.
+    of all of them, and keeps those that `out` has. Killed, the same call continues. ``UserError``
+    before anything is written if parts were made otherwise, or hold different files under one
+    image key.
     """
     stores = [Store(part) for part in parts]
     _check(stores)
+    meta = stores[0].meta
+    stores = [store for store in stores if store.path.resolve() != out.resolve()]
     total = sum(len(store) for store in stores)
-    with StoreWriter(out, stores[0].meta) as writer:
+    with StoreWriter(out, meta) as writer:
         for number, key in enumerate(_keys(stores), start=1):
             owners = [store for store in stores if key in store]
             if key in writer.done:

@@ -26,13 +26,12 @@ from .index import (
     StoreMeta,
     damaged,
     file_sha256,
-    located,
     open_shard,
     prompt_key,
     read_index,
     short,
 )
-from .tail import Row, current_tail, read_tail
+from .tail import Row, count_features, current_tail, placed, read_tail
 from .targets import dequantise
 from .writer import StoreWriter
 
@@ -54,11 +53,8 @@ class Store:
         self._tail: list[Row] = []
         if (tail := current_tail(self.path, self._index.shards)) is not None:
             self._tail = [row for row, _ in read_tail(tail, self.meta)]
-            entries = [(row.key, row.sha256, " ".join(row.prompts)) for row in self._tail]
-            self._index.images.update(located(len(self._index.shards), entries))
-            for row in self._tail:
-                if row.features is not None:
-                    self._index.moments.add(row.features)
+            count_features(self._index.moments, self._tail, set(self._index.images))
+            self._index.images.update(placed(len(self._index.shards), self._tail))
         self._slices: dict[int, dict[str, Any]] = {}
 
     @property
@@ -211,7 +207,10 @@ class Store:
     def _open(self, shard: int) -> dict[str, Any]:
         """The tensors of a shard, of which parts are read when they are asked for."""
         if shard not in self._slices:
-            listed = self._index.shards[shard]
-            file = open_shard(self.path, listed, self.meta, self._index.version)
+            if self._index.files:
+                file = self._index.files[shard]
+            else:
+                listed = self._index.shards[shard]
+                file = open_shard(self.path, listed, self.meta, self._index.version)
             self._slices[shard] = {n: file.get_slice(n) for n in file.keys()}  # noqa: SIM118
         return self._slices[shard]

@@ -14,7 +14,7 @@ import os
 import re
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import BinaryIO
 import numpy as np
 
 from .. import atomic
-from .index import Shard, StoreMeta, count, entry_text
+from .index import Entry, Moments, Shard, StoreMeta, count, entry_text, located
 
 NAME = re.compile(r"tail-\d{5,9}-\d{1,12}\.bin")
 _FRAME, _HEAD = struct.Struct("<II"), struct.Struct("<I")
@@ -50,6 +50,20 @@ class Row:
         """What it adds to a shard."""
         arrays = self.coverage.nbytes + self.iou.nbytes
         return arrays + len(self.entry) + (0 if self.features is None else self.features.nbytes)
+
+
+def count_features(moments: Moments, rows: Iterable[Row], counted: set[str]) -> None:
+    """Add the features of `rows` to `moments`, those of each image once: the keys of `counted`
+    are in there already. An image that got more masks later has two rows with the same features."""
+    for row in rows:
+        if row.features is not None and row.key not in counted:
+            moments.add(row.features)
+            counted.add(row.key)
+
+
+def placed(shard: int, rows: Iterable[Row]) -> Iterator[tuple[str, Entry]]:
+    """Image keys and entries of rows that are all that shard number `shard` holds so far."""
+    return located(shard, ((row.key, row.sha256, " ".join(row.prompts)) for row in rows))
 
 
 def tail_path(folder: Path, shard: int, images: int) -> Path:

@@ -131,6 +131,15 @@ def decode(
     )
 
 
+class _Resize(ResizeLongestSide):
+    """Meta's, but a long thin picture keeps a side of one pixel, as in MLX: theirs has none."""
+
+    @staticmethod
+    def get_preprocess_shape(oldh: int, oldw: int, long_side_length: int) -> tuple[int, int]:
+        height, width = ResizeLongestSide.get_preprocess_shape(oldh, oldw, long_side_length)
+        return max(height, 1), max(width, 1)
+
+
 class Teacher:
     """SAM with weights on a device. ``UserError`` for a checkpoint that is not SAM's.
 
@@ -174,7 +183,7 @@ class Teacher:
         with weights.open("rb") as file:
             self.fingerprint = hashlib.file_digest(file, "sha256").hexdigest()
         self.name = "embedded" if checkpoint is None else path.name
-        self._resize = ResizeLongestSide(self.architecture.image_size)
+        self._resize = _Resize(self.architecture.image_size)
 
     @property
     def feature_channels(self) -> int:

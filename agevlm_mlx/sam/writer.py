@@ -7,6 +7,7 @@ are deleted. The bytes of a finished store depend on the images and their order 
 the writer flushed or died.
 """
 
+import dataclasses
 import fcntl
 import hashlib
 import time
@@ -22,6 +23,7 @@ from .index import (
     INDEX,
     SHARD_NAME,
     VERSION,
+    Entry,
     Index,
     Shard,
     StoreMeta,
@@ -30,7 +32,7 @@ from .index import (
     read_index,
 )
 from .tail import NAME as TAIL_NAME
-from .tail import Row, TailWriter, current_tail, read_tail, tail_path
+from .tail import Row, TailWriter, count_features, current_tail, placed, read_tail, tail_path
 from .targets import quantise
 
 #: A shard is closed at this size.
@@ -53,12 +55,14 @@ class StoreWriter:
         self.path = Path(path)
         self.meta = meta
         self.shard_bytes = shard_bytes
-        #: Images on disk and in memory: SHA-256 and prompt keys, by image key.
-        self._known: dict[str, tuple[str, str]] = {}
+        #: Images on disk and in memory, by image key.
+        self._known: dict[str, Entry] = {}
+        #: Images whose features are in the index's sums, where the store has features.
+        self._counted: set[str] = set()
         #: The images of the shard that is growing. The first `_sealed` are in its file already,
         #: `_pending` at the end are in memory only, those between are in the tail.
         self._rows: list[Row] = []
-        self._nbytes = self._sealed = self._pending = 0
+        self._nbytes = self._masks = self._sealed = self._pending = 0
         self._tail: TailWriter | None = None
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = (self.path / _LOCK).open("w")
@@ -88,11 +92,11 @@ class StoreWriter:
 
     def sha256(self, image_key: str) -> str:
         """SHA-256 of an image of this store. KeyError if it is not here."""
-        return self._known[image_key][0]
+        return self._known[image_key].sha256
 
     def prompts(self, image_key: str) -> tuple[str, ...]:
         """Prompt keys of an image of this store. KeyError if it is not here."""
-        return tuple(self._known[image_key][1].split())
+        return self._known[image_key].prompts
 
     def add(
         self,
@@ -105,7 +109,9 @@ class StoreWriter:
     ) -> None:
         """Take one image: coverage f32[n S], iou f32[n], features [S C] if the store has them.
 
-        An image that the store holds already is replaced (its old rows stay, unused).
+        An image that the store holds already gets the masks that it lacks, and keeps its others
+        and its features. (It is stored anew; its old rows stay, unused.) ``UserError`` if it was
+        another file then.
         """
         cells, channels = self.meta.cells, self.meta.feature_channels
         got = (coverage.shape, iou.shape, None if features is None else features.shape)
@@ -113,9 +119,18 @@ class StoreWriter:
         if got != expected:
             raise ValueError(f"{image_key}: expected arrays of shapes {expected}, got {got}")
         half = None if features is None else features.astype(np.float16)
-        self._take(
-            Row(image_key, sha256, tuple(prompts), quantise(coverage), iou.astype(np.float16), half)
+        row = Row(
+            image_key, sha256, tuple(prompts), quantise(coverage), iou.astype(np.float16), half
         )
+        if image_key not in self._known:
+            self._take(row)
+        elif sha256 != self.sha256(image_key):
+            raise UserError(
+                f"{self.path}: image {image_key} changed since it was labelled; delete the store "
+                "or choose another --out"
+            )
+        elif new := [i for i, name in enumerate(prompts) if name not in self.prompts(image_key)]:
+            self._take(_joined(self._row(image_key), row, new))
 
     def flush(self) -> None:
         """Put everything added so far on disk. It costs what is new."""
@@ -143,12 +158,16 @@ class StoreWriter:
         size = row.nbytes
         if self._rows and self._nbytes + size > self.shard_bytes:
             self._seal()
-            self._rows, self._nbytes, self._sealed, self._pending = [], 0, 0, 0
+            self._rows = []
+            self._nbytes = self._masks = self._sealed = self._pending = 0
             self._number = len(self._index.shards)
+        self._known[row.key] = Entry(
+            row.sha256, self._number, len(self._rows), self._masks, " ".join(row.prompts)
+        )
         self._rows.append(row)
         self._nbytes += size
+        self._masks += len(row.prompts)
         self._pending += 1
-        self._known[row.key] = (row.sha256, " ".join(row.prompts))
         if time.monotonic() - self._flushed > FLUSH_SECONDS:
             self.flush()
 
@@ -163,9 +182,7 @@ class StoreWriter:
         shard = Shard(name, hashlib.sha256(data).hexdigest(), len(self._rows), rows)
         shards = [*self._index.shards[: self._number], shard]
         moments = self._index.moments.copy()
-        for row in self._rows[self._sealed :]:
-            if row.features is not None:
-                moments.add(row.features)
+        count_features(moments, self._rows[self._sealed :], self._counted)
         index = Index(self.meta, moments, shards)
         index.write(self.path)
         self._index, self._sealed, self._pending = index, len(self._rows), 0
@@ -223,12 +240,25 @@ class StoreWriter:
                 length = end
             self._tail = TailWriter(tail, length)
         self._nbytes = sum(row.nbytes for row in self._rows)
-        known = [(key, entry.sha256, entry.text) for key, entry in index.images.items()]
-        known += [(row.key, row.sha256, " ".join(row.prompts)) for row in self._rows]
-        self._known = {key: (sha256, text) for key, sha256, text in known}
-        index.images = {}  # only what the next index needs
+        self._masks = sum(len(row.prompts) for row in self._rows)
+        self._counted = set(index.images) if self.meta.feature_channels else set()
+        self._known = index.images | dict(placed(number, self._rows))
+        index.images, index.files = {}, []  # only what the next index needs
         self._sweep()
         return index, number
+
+    def _row(self, key: str) -> Row:
+        """An image of this store as it is stored."""
+        entry = self._known[key]
+        if entry.shard == self._number:
+            return self._rows[entry.image]
+        file = open_shard(self.path, self._index.shards[entry.shard], self.meta)
+        rows = slice(entry.row, entry.row + len(entry.prompts))
+        coverage, iou = (file.get_slice(name)[rows] for name in ("coverage", "iou"))
+        features = None
+        if self.meta.feature_channels:
+            features = file.get_slice("features")[entry.image]
+        return Row(key, entry.sha256, entry.prompts, coverage, iou, features)
 
     def _last_shard(self, shard: Shard) -> Iterable[Row]:
         file = open_shard(self.path, shard, self.meta)
@@ -249,6 +279,16 @@ class StoreWriter:
         for path in self.path.iterdir():
             if path.name not in known and path != tail and _ours(path.name):
                 path.unlink(missing_ok=True)
+
+
+def _joined(row: Row, other: Row, new: Sequence[int]) -> Row:
+    """`row` with the masks number `new` of another row of the same image."""
+    return dataclasses.replace(
+        row,
+        prompts=(*row.prompts, *(other.prompts[i] for i in new)),
+        coverage=np.concatenate([row.coverage, other.coverage[new]]),
+        iou=np.concatenate([row.iou, other.iou[new]]),
+    )
 
 
 def _ours(name: str) -> bool:

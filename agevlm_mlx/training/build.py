@@ -132,8 +132,6 @@ def prepare(
         _check_same(ranks, records)
         mx.random.seed(recipe.train.seed)
         model, tokenizer, preprocessor = _model(recipe, records, run, ranks)
-        masters = _masters(recipe, model)
-        model.set_dtype(compute_dtype(recipe.train))
 
     features = any(stage.losses.features > 0 for stage in recipe.stages)
     labelling = Labelling(recipe, preprocessor, model.grid, teach, say)
@@ -146,7 +144,9 @@ def prepare(
         if features and store is not None:
             width, channels = model.vision_tower.width, store.meta.feature_channels
             model.sam_adaptor = FeatureAdaptor(width, channels, model.vision_grid, model.grid)
-        mx.eval(model.parameters())
+        masters = _masters(recipe, model)
+        model.set_dtype(compute_dtype(recipe.train))
+        mx.eval(model.parameters(), masters)
         model.train()
         job = Job(
             recipe, model, tokenizer, preprocessor, records, store, val_records, val_store, masters

@@ -1,5 +1,6 @@
 """The teacher's labels that a run needs: found, made, and checked before the first step."""
 
+import json
 import shlex
 import subprocess
 import sys
@@ -10,14 +11,16 @@ from pathlib import Path
 import numpy as np
 
 from ..data.image import Preprocessor
-from ..data.record_set import Records
+from ..data.record_set import Records, read_problems
 from ..errors import UserError
 from ..sam.jobs import Jobs, complete
+from ..sam.index import INDEX
 from ..sam.store import Store, image_sha256
+from ..sam.writer import BAD_RECORDS
 from .stages import Recipe
 
 #: Images whose files are hashed to see that a store belongs to the data.
-SAMPLE = 8
+SAMPLE = 256
 
 
 @dataclass(frozen=True)
@@ -91,12 +94,26 @@ class Labelling:
                 )
 
     def _complete(self, path: Path, wanted: Jobs) -> bool:
-        return (path / "index.json").is_file() and complete(Store(path), wanted)
+        if not (path / INDEX).is_file():
+            return False
+        left_out, problems = path / BAD_RECORDS, []
+        if self.recipe.data.on_error == "skip" and left_out.is_file():
+            problems = read_problems(left_out)
+        if not complete(Store(path), wanted, [problem.where for problem in problems]):
+            return False
+        if problems:
+            self.say(f"{path}: {len(problems)} left out by the teacher, listed in {left_out}")
+        return True
 
     def _command(self, path: Path, data: Path, features: bool) -> list[str]:
         command = [sys.executable, "-m", "agevlm_mlx.teach", f"--data={data}", f"--out={path}"]
-        command += [f"--image-size={self.preprocessor.image_size}"]
-        command += [f"--resize={self.preprocessor.resize}", f"--grid={self.grid[0]}x{self.grid[1]}"]
+        own = self.preprocessor
+        flags = Preprocessor(image_size=own.image_size, resize=own.resize)
+        if flags.fingerprint() == own.fingerprint():
+            command += [f"--image-size={own.image_size}", f"--resize={own.resize}"]
+        else:
+            command.append(f"--preprocessing={json.dumps(own.to_dict())}")
+        command.append(f"--grid={self.grid[0]}x{self.grid[1]}")
         if self.recipe.data.on_error == "skip":
             command.append("--on-error=skip")
         return [*command, "--features"] if features else command

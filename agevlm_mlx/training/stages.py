@@ -6,6 +6,7 @@ A recipe is a TOML file read by `read_recipe`. What a stage trains is in `rules`
 import hashlib
 import importlib.resources
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,7 +68,7 @@ class Stage:
         _at_least(where, "steps", self.steps, 1)
         _at_least(where, "batch_size", self.batch_size, 1)
         _at_least(where, "warmup", self.warmup, 0)
-        if self.lr <= 0 or self.lr_end < 0:
+        if not (0 < self.lr < math.inf and 0 <= self.lr_end < math.inf):
             raise UserError(
                 f"{where}: expected lr > 0 and lr_end >= 0, got {self.lr}, {self.lr_end}"
             )
@@ -76,8 +77,9 @@ class Stage:
         if not self.texts:
             raise UserError(f"{where}: texts is empty; name at least one kind of text")
         attention = self.losses.attention
-        if min(self.losses.lm, attention.weight, self.losses.features) < 0:
-            raise UserError(f"{where}: expected loss weights >= 0")
+        weights = (self.losses.lm, attention.weight, self.losses.features)
+        if not all(0 <= weight < math.inf for weight in weights):
+            raise UserError(f"{where}: expected loss weights >= 0, got {weights}")
         if attention.heads is not None:
             _at_least(where, "losses.attention.heads", attention.heads, 1)
 
@@ -219,8 +221,15 @@ class TrainSpec:
                 _at_least("train", name, getattr(self, name), 1)
         if not 0 <= self.ema < 1:
             raise UserError(f"train.ema: expected 0 <= ema < 1, got {self.ema}")
-        if self.clip <= 0:
+        # Comparisons that nan fails, too.
+        if not self.clip > 0:
             raise UserError(f"train.clip: expected a number > 0, got {self.clip}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise UserError(f"train.weight_decay: expected a number >= 0, got {self.weight_decay}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"train.betas: expected two numbers 0 <= b < 1, got {self.betas}")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"train.seed: expected 0 <= seed < 2^32, got {self.seed}")
 
 
 #: Keys that decide nothing about the parameters, or only in the last bit: a run may be resumed

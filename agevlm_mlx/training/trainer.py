@@ -137,6 +137,8 @@ class Trainer:
 
     def train(self) -> bool:
         """Run the remaining steps; False when a signal ended it early (a checkpoint is saved)."""
+        for stage in self.recipe.stages:
+            self._parts(stage)  # before the first step, not when its turn comes
         metrics = Metrics(self.run / "metrics.jsonl", self.step) if self.ranks.first else None
         stream = self._stream if self.ranks.first else io.StringIO()
         progress = Progress(self.recipe.stages, self.step, self.recipe.train.log_every, stream)
@@ -266,7 +268,7 @@ class Trainer:
         del grads  # nothing may hold what is updated in place
         mx.eval(self.model.parameters(), params, self.optimizer.state)
         if self.average is not None:
-            self.average.update(named_parameters(self.model) | self.masters, params)
+            self.average.update(self._all(), params)
             mx.eval(self.average.state)
         return report, int(size)
 
@@ -274,6 +276,10 @@ class Trainer:
         """What the stage trains, in float32."""
         own = self.masters or named_parameters(self.model, trainable=True)
         return {name: own[name] for name in self._names}
+
+    def _all(self) -> dict[str, mx.array]:
+        """Every parameter, in float32 where that is kept."""
+        return named_parameters(self.model) | self.masters
 
     def _still_trained(self, index: int) -> dict[str, mx.array]:
         """Float32 copies of what this stage or a later one trains; new ones from the model."""
@@ -397,8 +403,9 @@ class Trainer:
             _set(self.model, self.average.averaged(named_parameters(self.model)))
 
     def _save_unsaved(self) -> None:
-        """Write a checkpoint of the current step unless there is one."""
-        if self._saved != self.step:
+        """Write a checkpoint of the current step unless there is one, or nothing to go on from."""
+        finite = all(mx.isfinite(value).all().item() for value in self._all().values())
+        if self._saved != self.step and finite:
             self._save()
 
     def _save(self) -> None:
@@ -420,7 +427,7 @@ class Trainer:
         checkpoint.save(
             self.run,
             self.step,
-            named_parameters(self.model) | self.masters,
+            self._all(),
             self.optimizer.state | {_MEAN + name: value for name, value in mean.items()},
             state,
             keep=self.recipe.train.keep,

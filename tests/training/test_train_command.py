@@ -223,11 +223,13 @@ def test_the_best_weights_can_be_the_result(tiny: list[str], tmp_path: Path, mon
     assert all(mx.array_equal(stored[k], best.model[k]).item() for k in stored)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_features_are_distilled_and_their_head_is_left_behind(
-    tiny: list[str], tiny_folder: Path, tmp_path: Path
+    tiny: list[str], tiny_folder: Path, tmp_path: Path, dtype: str
 ):
     run = tmp_path / "run"
     arguments = [
+        f"train.dtype={dtype}",
         f"data.store={tiny_folder / 'store-features'}",
         "stages.1.losses.features=0.5",
         "stages.0.trainable=[['vision_tower.*|sam_adaptor.*', 0], ['.*', 1]]",
@@ -237,9 +239,36 @@ def test_features_are_distilled_and_their_head_is_left_behind(
     assert all(row["features"] > 0 for row in rows(run) if row.get("step", 0) > 2 and "lm" in row)
     last = checkpoint.load(run)
     assert last is not None
-    assert "sam_adaptor.fc1.weight" in last.model
+    assert last.model["sam_adaptor.fc1.weight"].dtype == mx.float32
     assert "sam_adaptor" not in weights.load(run).model
     assert main(["--resume", str(run)]) == 0
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_adapters_are_trained_resumed_and_fused(
+    finished: Path, tiny: list[str], tmp_path: Path, dora: bool
+):
+    recipe = tmp_path / "lora.toml"
+    text = TINY.read_text()
+    start, end = text.index("[model.text_config]"), text.index("[data]")
+    lora = f"lora = {{ rank = 2, dora = {str(dora).lower()} }}"
+    recipe.write_text(f'{text[:start]}[model]\ninit = "{finished}"\n{lora}\n{text[end:]}')
+    only = [
+        f"stages.{n}.trainable=[['language_model.*[.](lora_a|lora_b|m)', 1], ['.*', 0]]"
+        for n in (0, 1)
+    ]
+    run = tmp_path / "run"
+    arguments = ["--recipe", str(recipe), *tiny[2:], *SHORT, *only, "train.grad_checkpoint=true"]
+    assert main([*arguments, "--out", str(run)]) == 0
+    old, new = (named_parameters(weights.load(f).model) for f in (finished, run))
+    assert old.keys() == new.keys()  # fused
+    changed = {name for name in old if not mx.array_equal(old[name], new[name]).item()}
+    assert changed
+    assert all(name.endswith("proj.weight") and "cross_attn" not in name for name in changed)
+    assert {f.name for f in (run / "adapters").iterdir()} >= {"adapters.safetensors"}
+    before = (run / "model.safetensors").read_bytes()
+    assert main(["--resume", str(run)]) == 0
+    assert (run / "model.safetensors").read_bytes() == before
 
 
 def test_a_model_can_be_trained_further(finished: Path, tiny: list[str], tmp_path: Path):

@@ -156,10 +156,31 @@ def test_parts_of_a_batch_cover_it_once(noise_job, tmp_path: Path):
 
 
 def test_more_processes_than_images_is_an_error(noise_job, tmp_path: Path):
-    trainer = Trainer(noise_job(), tmp_path)
+    trainer = Trainer(noise_job("stages.0.batch_size=4"), tmp_path)
     trainer.ranks.size = 3
-    with pytest.raises(UserError, match="batch_size of at least 3"):
-        trainer._parts(trainer.recipe.stages[0])
+    with pytest.raises(UserError, match="stage 'guide': expected a batch_size of at least 3"):
+        trainer.train()
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_are_not_finite_are_nothing_to_go_on_from(noise_job, tmp_path: Path):
+    job = noise_job()
+    poison(job, {6})
+    batches = job.batches
+
+    def spoiling(stage: Any) -> Any:
+        job.model.language_model.model.norm.weight *= mx.array(
+            np.nan if stage.name == "guide" else 1
+        )
+        return batches(stage)
+
+    job.batches = spoiling
+    with pytest.raises(UserError, match="expected a finite loss"):
+        train(job, tmp_path)
+    saved = checkpoint.load(tmp_path)
+    assert saved is not None
+    assert saved.step == 4
+    assert all(mx.isfinite(v).all().item() for v in saved.model.values())
 
 
 def test_small_updates_add_up_in_the_masters(noise_job, tmp_path: Path):
