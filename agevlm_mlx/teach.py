@@ -14,6 +14,7 @@ import json
 import os
 import shlex
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -111,6 +112,8 @@ def main(argv: list[str] | None = None) -> int:
         return merge(args.merge, args.out)
     if args.verify:
         return verify(args.out, args.data)
+    if args.end_with_stdin:
+        threading.Thread(target=_end_with_stdin, daemon=True).start()
     if args.data is None:
         parser.error("--data is required (or --verify, or --merge)")
     shard, shards = launched(os.environ) if args.shard == "auto" else args.shard
@@ -145,6 +148,14 @@ def main(argv: list[str] | None = None) -> int:
             f"{out}: shard {shard} of {shards}; when all are made: {_merge_command(args, shards)}"
         )
     return status
+
+
+def _end_with_stdin() -> None:
+    """End this process when whoever holds the other end of its standard input is gone. The store
+    bears that, and so do the worker processes."""
+    while os.read(sys.stdin.fileno(), 4096):
+        pass
+    os._exit(1)
 
 
 def teach(
@@ -450,6 +461,11 @@ def _parser() -> argparse.ArgumentParser:
         choices=("stop", "skip"),
         default="stop",
         help=f"at a record or an image that cannot be used: stop, or list it in {BAD_RECORDS}",
+    )
+    add(
+        "--end-with-stdin",
+        action="store_true",
+        help="end when standard input does, that is with the process that started this one",
     )
     add("--dry-run", action="store_true", help="count and forecast, write nothing")
     add("--verify", action="store_true", help="hash a finished store (and --data) again")

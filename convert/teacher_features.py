@@ -19,6 +19,7 @@ examples:
 import argparse
 import hashlib
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -28,6 +29,7 @@ import numpy as np
 
 from agevlm_mlx import teach
 from agevlm_mlx.data.image import Preprocessor
+from agevlm_mlx.data.pickled import BROKEN
 from agevlm_mlx.data.record_set import read_records
 from agevlm_mlx.errors import UserError, one_line
 from agevlm_mlx.sam.jobs import Job, Jobs, survey
@@ -42,6 +44,10 @@ from . import source
 SUFFIXES = (".npy", ".npz", ".pt", ".pth")
 #: The largest number that the store's float16 can hold.
 _LARGEST = 65504.0
+#: Bytes of the arrays of an .npz: an embedding of Meta's has 4 MiB.
+_LARGEST_ARCHIVE = 2**28
+#: What a broken or hostile file makes numpy and zipfile stumble over.
+_BROKEN = (*BROKEN, OSError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -138,12 +144,16 @@ def _load(path: Path) -> Any:
     if path.suffix not in (".npy", ".npz"):
         return source.unpickle(path)
     try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return loaded
-        with loaded:
+        if path.suffix == ".npy":
+            # Mapped: a header that claims more than the file holds takes no memory.
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+        with zipfile.ZipFile(path) as archive:
+            size = sum(info.file_size for info in archive.infolist())
+        if size > _LARGEST_ARCHIVE:
+            raise ValueError(f"unpacked it would have {size} bytes, expected {_LARGEST_ARCHIVE}")
+        with np.load(path, allow_pickle=False) as loaded:
             return dict(loaded)
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except _BROKEN as error:
         raise UserError(f"{path}: not a readable {path.suffix} file: {one_line(error)}") from None
 
 

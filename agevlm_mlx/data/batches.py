@@ -69,7 +69,7 @@ class Batches:
     """Draws batches from records.
 
     Each epoch goes once through the images in a random order; each image brings `n` texts of
-    every group. Targets come from `store`, else from the records' own masks.
+    every group. Targets come from the records' own masks, else from `store`.
 
     bucket: so many batches' images are sorted by the length of their texts, see `Order`. pack:
     all texts of an image in as few rows as they fit into, as one group. on_error: what

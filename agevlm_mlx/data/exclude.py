@@ -5,9 +5,10 @@ a COCO picture) is not found.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from ..errors import UserError
 from . import tables
@@ -19,6 +20,11 @@ _COCO = re.compile(r"(?:COCO_[a-z]+\d{4}_)?(\d{12})(?:_\d+)?")
 _ENDING = re.compile(r"\.(?:jpe?g|png|webp|gif|bmp|tiff?)$", re.IGNORECASE)
 #: Fields that name a row's image, the best first ("image" can also be the picture itself).
 _FIELDS = ("image_path", "file_name", "filename", "image")
+#: Columns of a data set that tell what a row's picture is called where it comes from.
+NAMES = (*_FIELDS[:3], "image_name", "coco_url", "image_id", "cocoid", "coco_id", "id")
+#: Those of them where a plain number is COCO's (VQAv2: 458752). A picture of another data set
+#: with the same number is left out as well, which costs less than a test picture in training.
+_COCO_NUMBERS = ("image_id", "cocoid", "coco_id")
 _LONGEST = 1024  # characters of a name; a picture as text is longer
 
 
@@ -50,6 +56,24 @@ def _key(name: str) -> int | tuple[str, ...]:
     parts = [part for part in _ENDING.sub("", name).split("/") if part not in ("", ".")]
     coco = _COCO.fullmatch(parts[-1]) if parts else None
     return int(coco[1]) if coco else tuple(parts)
+
+
+def names_in(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a row's values of `NAMES` (lower case) say its picture is called.
+
+    An id counts only where it is a COCO name: others are counted within their data set.
+    """
+    names = []
+    for column in NAMES:
+        value = row.get(column)
+        text = str(value) if type(value) is int else value
+        if not isinstance(text, str) or not 0 < len(text) <= _LONGEST or "\0" in text:
+            continue
+        if column in _COCO_NUMBERS and text.isascii() and text.isdigit():
+            text = f"{int(text):012d}" if len(text) <= 12 else text
+        if column != "id" or isinstance(_key(text), int):
+            names.append(text)
+    return tuple(dict.fromkeys(names))
 
 
 def exclusions(names: Sequence[str]) -> Excluded:

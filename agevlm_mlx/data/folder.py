@@ -119,7 +119,7 @@ def _read_table(root: Path, table: Path) -> Iterator[Record | Problem]:
         try:
             if columns is None or free:
                 columns = Columns.of(list(row), where, image="file_name")
-            name = row.get("file_name")
+            name = row.get(columns.image)
             if not isinstance(name, str) or not name or "\0" in name:
                 raise UserError(f"{where}: expected a picture in 'file_name', got {name!r:.60}")
             image = inside(table.parent, name, where)

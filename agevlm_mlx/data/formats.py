@@ -1,7 +1,7 @@
 """The data formats that are not files of records: who finds them, and who reads them.
 
 A reader is ``read_x(path) -> Iterator[Record | Problem]``. It yields a `Problem` for what is
-wrong with one record and raises ``UserError`` where nothing can be read at all. It need not ask
+wrong with one record, may yield `TextOnly` for one that has no image, and raises ``UserError`` where nothing can be read at all. It need not ask
 whether an image exists, is excluded or a phrase is in its text: `record_set.read_records` does,
 which also keeps what it yields on disk. Numbers in records are Python's own, not numpy's.
 """
@@ -14,7 +14,7 @@ from .coco import coco_root, is_coco, read_coco_folder
 from .flickr30k import flickr30k_root, is_flickr30k, read_flickr30k
 from .folder import is_folder, read_folder
 from .huggingface import is_huggingface, read_huggingface
-from .records import Problem, Record
+from .records import Problem, Record, TextOnly
 from .refcoco import is_refcoco, read_refcoco, refcoco_root
 
 
@@ -34,7 +34,7 @@ class Format:
 
     needs: str
     matches: Callable[[Path], bool]
-    read: Callable[[Path], Iterable[Record | Problem]]
+    read: Callable[[Path], Iterable[Record | Problem | TextOnly]]
     root: Callable[[Path], Path] = folder
 
 

@@ -59,8 +59,8 @@ def unfit(covered: float, geometry: Geometry, cells: int) -> Literal["small", "l
 
 
 class Guidance:
-    """Targets on the token grid `grid`, from `store` (image keys relative to `root`) if given,
-    else from the masks of the records."""
+    """Targets on the token grid `grid`, from the masks of the records, and for phrases without
+    one from `store` (image keys relative to `root`) if given."""
 
     def __init__(self, store: Targets | None, root: Path, grid: tuple[int, int]) -> None:
         self._store, self._root, self._grid = store, root, grid
@@ -75,7 +75,9 @@ class Guidance:
         width, height = geometry.width, geometry.height
         check_place(phrase, image, width, height)
         where = phrase.box or phrase.point
-        if self._store is not None and where:
+        if phrase.mask is not None:  # exact, and two phrases may share a box
+            target = geometry.mask_to_grid(own_mask(phrase, image, width, height), self._grid)
+        elif self._store is not None and where:
             key = image_key(image, self._root)
             try:
                 target = self._store.target(key, prompt_key(where))
@@ -84,8 +86,6 @@ class Guidance:
                     f"the store has no mask for {phrase.text!r} in {key}; run `agevlm teach` "
                     "on this data again"
                 ) from None
-        elif phrase.mask is not None:
-            target = geometry.mask_to_grid(own_mask(phrase, image, width, height), self._grid)
         else:
             return None
         if unfit(float(target.sum()), geometry, target.size):

@@ -5,6 +5,7 @@ The pictures stay in the tables: that of row 7 (from 0) of `image` is the path
 splits that of training is read; another one by the path of its file or folder.
 """
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,10 +13,12 @@ from typing import Any
 
 from ..errors import UserError
 from .columnar import Damaged, arrow_rows, parquet_rows, stored
-from .records import Problem, Record, inside
+from .records import Problem, Record, TextOnly, inside
 from .table_records import SPLITS, Columns
 
 _ENDINGS = (".parquet", ".arrow")
+#: Bytes of a state.json.
+_STATE = 1 << 24
 #: Below a folder, parquet files are looked for so deep: config/train/0000.parquet.
 _PARQUET = ("*.parquet", "*/*.parquet", "*/*/*.parquet")
 
@@ -45,8 +48,23 @@ def table_files(path: Path) -> list[Path]:
         return [path]
     homes = _of_training(path, _saved(path))
     if homes:
-        return [file for home in homes for file in sorted(home.glob("data-*.arrow"))]
+        return [file for home in homes for file in _shards(home)]
     return _of_training(path, [file for p in _PARQUET for file in sorted(path.glob(p))])
+
+
+def _shards(home: Path) -> list[Path]:
+    """The files that ``state.json`` lists: saving again leaves those of before in the folder."""
+    try:
+        with (home / "state.json").open("rb") as file:
+            state = json.loads(file.read(_STATE))
+        names = [one["filename"] for one in state["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return sorted(home.glob("data-*.arrow"))
+    plain = [name for name in names if isinstance(name, str) and "\0" not in name]
+    found = [home / name for name in plain if Path(name).name == name and name != ".."]
+    if len(found) != len(names) or not names:
+        raise UserError(f"{home / 'state.json'}: expected names of files in '_data_files'")
+    return found
 
 
 def _of_training(root: Path, found: list[Path]) -> list[Path]:
@@ -66,11 +84,12 @@ def _split(path: Path) -> str:
     return next((word for word in reversed(words) if word in SPLITS), "")
 
 
-def read_huggingface(path: Path) -> Iterator[Record | Problem]:
+def read_huggingface(path: Path) -> Iterator[Record | Problem | TextOnly]:
     """The records of a table, or of all tables of a folder's training split.
 
     Columns are known by their names, see `table_records`. A picture is bytes, the hub's bytes and
-    path, or a file's name below the table's folder; a list of pictures has to have exactly one.
+    path, or a file's name below the table's folder; a list of pictures has to have exactly one. A
+    conversation without a picture is `TextOnly`, a caption without one a problem.
 
     Raises: ``UserError`` where columns are lacking, or pyarrow is.
     """
@@ -79,7 +98,7 @@ def read_huggingface(path: Path) -> Iterator[Record | Problem]:
         yield from _of_table(file, file.relative_to(root).as_posix())
 
 
-def _of_table(file: Path, name: str) -> Iterator[Record | Problem]:
+def _of_table(file: Path, name: str) -> Iterator[Record | Problem | TextOnly]:
     number = 0
     try:
         columns = stored(file)
@@ -93,8 +112,12 @@ def _of_table(file: Path, name: str) -> Iterator[Record | Problem]:
                 yield Problem(where, row, identity)
                 continue
             try:
+                if known.form != "caption" and row.get(known.image, b"") in (None, "", []):
+                    yield TextOnly()
+                    continue
                 image = _image(file, number - 1, known.image, row, kind, where)
-                yield from known.records(row, image, identity, where)
+                names = _names(row.get(known.image))
+                yield from known.records(row, image, identity, where, names)
             except UserError as error:
                 yield Problem.of(error, where, identity)
     except Damaged as error:
@@ -110,6 +133,13 @@ def _to_count(parts: list[str], kind: str) -> list[str]:
     light = [part for part in parts if part.endswith(".path")]
     heavy = parts if kind.removeprefix("large_").startswith(("list", "string")) else []
     return light or heavy
+
+
+def _names(value: Any) -> list[str]:
+    """What the picture of a row was called when it was a file."""
+    value = value[0] if isinstance(value, list) and value else value
+    name = value.get("path") if isinstance(value, dict) else None
+    return [name] if isinstance(name, str) and name and "\0" not in name else []
 
 
 def _image(

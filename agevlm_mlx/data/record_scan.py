@@ -1,6 +1,7 @@
 """One pass over the records of a file: what is kept in memory of each, and what is wrong."""
 
 from array import array
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -8,7 +9,7 @@ from ..errors import UserError
 from .exclude import Excluded
 from .image_files import image_exists
 from .record_lines import Item, parse
-from .records import Problem, Record, image_name, inside, parse_record
+from .records import Problem, Record, image_name, image_names, inside, parse_record
 from .stored import Stored
 
 OnError = Literal["stop", "skip"]
@@ -114,7 +115,7 @@ class Scan:
             image = self._found.get(name)
             if image is None:
                 image = self._found[name] = self._find(name, where)
-            if image == _EXCLUDED:
+            if image == _EXCLUDED or self._listed(image_names(item.value)):
                 self.excluded += 1
                 return None
             # The record itself is not kept, so it needs no path of its own.
@@ -128,6 +129,10 @@ class Scan:
             known = item.value.get("id") if isinstance(item.value, dict) else None
             return Problem.of(error, where, None if known is None else str(known))
         return None
+
+    def _listed(self, names: Iterable[str]) -> bool:
+        """Whether one of the further names of an image is on an exclusion list."""
+        return self.exclude is not None and any(Path(name) in self.exclude for name in names)
 
     def _find(self, name: str, where: str) -> str | int:
         """The path of an image: in the folder, or in its `images/`."""

@@ -16,7 +16,7 @@ from .exclude import Excluded
 from .formats import FORMATS, Format
 from .record_lines import Item, scan_array, scan_lines
 from .record_scan import Index, OnError, Scan, Source
-from .records import Problem, Record, to_json
+from .records import Problem, Record, TextOnly, to_json
 from .stored import Stored
 
 #: .jsonl files of a folder that are not its records.
@@ -212,6 +212,9 @@ def _spooled(path: Path, known: Format, on_error: OnError, exclude: Excluded | N
         for number, one in enumerate(known.read(path), 1):
             if isinstance(one, Problem):
                 scan.add(Item(0, 0, number, one), one.where)
+                continue
+            if isinstance(one, TextOnly):
+                scan.text_only += 1
                 continue
             line = to_json(one)
             spool.write(line.encode())

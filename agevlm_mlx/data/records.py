@@ -7,8 +7,9 @@ Our JSONL, one record a line (``phrases`` and ``kind`` are optional)::
                        {"role": "assistant", "content": "Yes"}],
      "phrases": [{"text": "dog", "turn": 0, "start": 11, "end": 14, "box": [9, 8, 60, 50]}]}
 
-LLaVA's records (``from``/``value``, ``<image>`` tags) are read the same way. `record_set` reads
-whole files of them, `formats` lists the other formats.
+LLaVA's records (``from``/``value``, ``<image>`` tags) are read the same way, and ``images`` with
+one entry. ``image_names`` lists further names of a picture, for lists of excluded images.
+`record_set` reads whole files of records, `formats` lists the other formats.
 """
 
 import json
@@ -20,7 +21,13 @@ from typing import Any, Literal
 
 from ..errors import UserError
 
-ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+ROLES = {
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "system": "system",
+}
 #: What a picture's caption answers, where the file holds captions only.
 CAPTION_PROMPT = "Describe the image."
 
@@ -56,13 +63,23 @@ class Turn:
 
 @dataclass(frozen=True)
 class Record:
-    """A conversation about one image."""
+    """A conversation about one image.
+
+    image_names: what the image is called where it comes from, if `image` does not say (it lies in
+    a row of a table): an exclusion list may know it by one of these.
+    """
 
     id: str
     image: Path
     turns: tuple[Turn, ...]
     phrases: tuple[Phrase, ...] = ()
     kind: str = "chat"
+    image_names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TextOnly:
+    """A conversation about no image: left out and counted."""
 
 
 @dataclass(frozen=True)
@@ -94,12 +111,23 @@ def image_name(item: Any, where: str) -> str | None:
     """
     if not isinstance(item, dict):
         raise UserError(f"{where}: expected an object, got {type(item).__name__}")
-    if "image" not in item and item.get("conversations"):
+    key = "images" if item.get("image") is None and item.get("images") is not None else "image"
+    image = item.get(key)
+    if image in (None, "", []) and item.get("conversations"):
         return None
-    image = item.get("image")
+    if isinstance(image, list):
+        if len(image) != 1:
+            raise UserError(f"{where}: expected one image in {key!r}, got {len(image)}")
+        image = image[0]
     if not isinstance(image, str) or not image or "\0" in image:
-        raise UserError(f"{where}: expected the path of an image in 'image', got {image!r}")
+        raise UserError(f"{where}: expected the path of an image in {key!r}, got {image!r:.60}")
     return image
+
+
+def image_names(item: Mapping[str, Any]) -> tuple[str, ...]:
+    """Further names of a record's image. Another program's field of that name is no error."""
+    names = item.get("image_names")
+    return tuple(n for n in names if isinstance(n, str)) if isinstance(names, list) else ()
 
 
 def parse_record(
@@ -122,7 +150,7 @@ def parse_record(
         raise UserError(f"{where}: expected a list in 'phrases', got {type(listed).__name__}")
     phrases = tuple(_phrase(p, turns, where) for p in listed)
     identity, kind = str(item.get("id", where)), str(item.get("kind", "chat"))
-    return Record(identity, image, turns, phrases, kind)
+    return Record(identity, image, turns, phrases, kind, image_names(item))
 
 
 def to_json(record: Record) -> str:
@@ -141,6 +169,8 @@ def to_json(record: Record) -> str:
             {key: value for key, value in vars(phrase).items() if value is not None}
             for phrase in record.phrases
         ]
+    if record.image_names:
+        item["image_names"] = list(record.image_names)
     return json.dumps(item)
 
 

@@ -8,6 +8,9 @@ Known are, in this order, whatever their case:
 - ``texts``: turns in pairs (user, assistant), as The Cauldron and FineVision have them;
 - ``question`` with ``answer`` or ``answers``: of several answers (VQAv2 has ten) the most frequent;
 - ``caption``, ``captions`` or ``text``: one caption or a list of them, each a record.
+
+Lists of turns and of answers may be stored turned around, as ``datasets.Sequence`` has them: one
+list for each key. Where a column ``split`` says what a row is for, only those of training are read.
 """
 
 from collections import Counter
@@ -17,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from .exclude import NAMES, names_in
 from .records import CAPTION_PROMPT, Problem, Record, parse_record
 from .tables import damage
 
@@ -37,12 +41,15 @@ NEEDS = (
 @dataclass(frozen=True)
 class Columns:
     """image: the column of the picture. form: which of those above. said: the columns of what is
-    said, two of them for questions. extra: our own columns that are there, by their plain name."""
+    said, two of them for questions. extra: our own columns that are there, by their plain name;
+    names: those of `exclude.NAMES`, by that. split: the column that says what a row is for."""
 
     image: str
     form: str
     said: tuple[str, ...]
     extra: Mapping[str, str]
+    names: Mapping[str, str]
+    split: str | None
 
     @classmethod
     def of(cls, names: Sequence[str], where: str, image: str = "") -> "Columns":
@@ -65,7 +72,11 @@ class Columns:
         for form, said in forms.items():
             if picture is not None and all(said):
                 extra = {name: known[name] for name in _EXTRA if name in known}
-                return cls(picture, form, tuple(map(str, said)), extra)
+                named = {name: known[name] for name in NAMES if name in known}
+                named = {name: column for name, column in named.items() if column != picture}
+                return cls(
+                    picture, form, tuple(map(str, said)), extra, named, known.get("split")
+                )
         needs = NEEDS.replace("image, images", image) if image else NEEDS
         got = ", ".join(map(str, names[:12])) or "none"
         raise UserError(f"{where}: expected {needs}; got {got}")
@@ -73,22 +84,36 @@ class Columns:
     @property
     def without_image(self) -> list[str]:
         """The columns that `records` reads."""
-        return list(dict.fromkeys((*self.said, *self.extra.values())))
+        split = (self.split,) if self.split else ()
+        wanted = (*self.said, *self.extra.values(), *self.names.values(), *split)
+        return list(dict.fromkeys(wanted))
 
     def records(
-        self, row: Mapping[str, Any], image: Path, identity: str, where: str
+        self,
+        row: Mapping[str, Any],
+        image: Path,
+        identity: str,
+        where: str,
+        names: Sequence[str] = (),
     ) -> Iterator[Record | Problem]:
-        """The records of a row about `image`. identity: their id if the row has none.
+        """The records of a row about `image`; none of a row of another split than training's.
+
+        identity: their id if the row has none. names: what else the picture is called.
 
         Raises: ``UserError``, beginning with `where`, for a row that says nothing of use.
         """
+        split = row.get(self.split) if self.split else None
+        if split in SPLITS and split != "train":
+            return
         item = {name: row.get(column) for name, column in self.extra.items()}
         item = {name: value for name, value in item.items() if value is not None}
         if type(item.get("id")) not in (int, str):
             item["id"] = identity
-        if isinstance(item.get("phrases"), list):
-            item["phrases"] = [_present(phrase) for phrase in item["phrases"]]
-        values = [row.get(column) for column in self.said]
+        if isinstance(phrases := _listed(item.get("phrases")), list):
+            item["phrases"] = [_present(phrase) for phrase in phrases]
+        named = names_in({name: row.get(column) for name, column in self.names.items()})
+        item["image_names"] = list(dict.fromkeys((*names, *named)))
+        values = [_listed(row.get(column)) for column in self.said]
         if self.form == "caption":
             item.setdefault("kind", "caption")
             captions = values[0] if isinstance(values[0], list) else None
@@ -142,6 +167,15 @@ def _flat(message: Any) -> Any:
     parts = [part for part in message["content"] if isinstance(part, dict)]
     texts = [part["text"] for part in parts if isinstance(part.get("text"), str)]
     return {**message, "content": "\n".join(text.strip() for text in texts if text.strip())}
+
+
+def _listed(value: Any) -> Any:
+    """The list of objects that an object of equally long lists stands for."""
+    if not isinstance(value, dict) or not all(isinstance(one, list) for one in value.values()):
+        return value
+    if len({len(one) for one in value.values()}) != 1:
+        return value
+    return [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
 
 
 def _answer(value: Any) -> Any:

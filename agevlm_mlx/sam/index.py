@@ -121,6 +121,13 @@ class Moments:
         """A copy that can grow without changing this one."""
         return dataclasses.replace(self)
 
+    def equals(self, other: "Moments") -> bool:
+        """Whether both are sums over the same features, on whatever machine."""
+        sums = ((self.sum, other.sum), (self.squares, other.squares))
+        return self.cells == other.cells and all(
+            np.allclose(mine, its, rtol=1e-6, atol=1e-6 * self.cells) for mine, its in sums
+        )
+
     def add(self, features: np.ndarray) -> None:
         """Count the cells of [S C] that are not padding (padding is zero in all channels)."""
         inside = features[features.any(axis=-1)].astype(np.float64)
@@ -181,7 +188,7 @@ def read_index(folder: Path) -> Index:
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise UserError(f"{path}: expected the index of a SAM store (format {FORMAT!r})")
     version = data.get("version")
-    if version not in (1, VERSION):
+    if type(version) is not int or version not in (1, VERSION):
         raise UserError(
             f"{path}: expected format version {VERSION} or 1, got {version!r}; use the "
             "agevlm-mlx that made it, or make it again with `agevlm teach`"
@@ -278,9 +285,14 @@ def _wrong_shard(index: Index) -> str | None:
             return f"{shard.file} has {shard.images!r} images and {shard.rows!r} rows"
         if min(shard.images, shard.rows) < 0:
             return f"{shard.file} has a negative size"
+    names = [shard.file for shard in index.shards]
+    if len(set(names)) < len(names):
+        return "a shard is listed twice"
     for sums in (index.moments.sum, index.moments.squares):
         if sums.shape != (index.meta.feature_channels,):
             return f"feature sums of shape {sums.shape}"
+        if not np.isfinite(sums).all() or index.moments.cells < 0:
+            return f"feature sums that are none, over {index.moments.cells} cells"
     return None
 
 

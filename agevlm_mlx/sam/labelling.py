@@ -34,6 +34,8 @@ __all__ = ["Job", "Labelled", "Labeller", "image_key", "label_all", "pool", "rea
 T = TypeVar("T")
 #: Threads that read and decode images while the teacher works.
 READERS = 4
+#: Bytes of masks in full size, one a pixel, that are made before they are pooled.
+MASK_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,10 @@ class Labeller:
         return Loaded(job, image, sha256)
 
     def label(self, loaded: Sequence[Loaded | Problem]) -> list[Labelled | Problem]:
-        """Label images that are read already."""
+        """Label images that are read already, so many together as their masks allow."""
+        return [one for group in _fitting(loaded) for one in self._together(group)]
+
+    def _together(self, loaded: Sequence[Loaded | Problem]) -> list[Labelled | Problem]:
         good = [one for one in loaded if isinstance(one, Loaded)]
         answers = iter(self._ask(good))
         return [
@@ -129,6 +134,20 @@ class Labeller:
         if self.on_error == "stop":
             raise error
         return Problem.of(error, str(job.path))
+
+
+def _fitting(loaded: Sequence[Loaded | Problem]) -> Iterator[list[Loaded | Problem]]:
+    """The images in groups, whose masks in full size take `MASK_BYTES`; one at least."""
+    group: list[Loaded | Problem] = []
+    size = 0
+    for one in loaded:
+        its = len(one.job.keys) * one.image[..., 0].size if isinstance(one, Loaded) else 0
+        if group and size + its > MASK_BYTES:
+            yield group
+            group, size = [], 0
+        group.append(one)
+        size += its
+    yield group
 
 
 def _check_inside(job: Job, height: int, width: int) -> None:

@@ -22,16 +22,20 @@ from ..data.image_files import image_bytes, image_exists
 from ..errors import UserError
 from .index import (
     INDEX,
+    VERSION,
     Entry,
+    Index,
+    Moments,
     StoreMeta,
     damaged,
     file_sha256,
     open_shard,
     prompt_key,
+    read_entries,
     read_index,
     short,
 )
-from .tail import Row, count_features, current_tail, placed, read_tail
+from .tail import Row, count_features, current_tail, placed, read_tail, unreadable
 from .targets import dequantise
 from .writer import StoreWriter
 
@@ -150,9 +154,9 @@ class Store:
     def verify(
         self, data: Path | None = None, progress: Callable[[int, int], None] | None = None
     ) -> None:
-        """Hash all shards, and the images under `data`, again; ``UserError`` at a mismatch.
+        """Hash all shards, and the images under `data`, again, and sum the features up again.
 
-        `progress` is called with (files done, files in all).
+        ``UserError`` at a mismatch. `progress` is called with (files done, files in all).
         """
         shards, images = self._index.shards, self._index.images if data else {}
         total = len(shards) + len(images)
@@ -162,6 +166,14 @@ class Store:
                 raise damaged(self.path / shard.file, f"its SHA-256 is not the one in {INDEX}")
             if progress:
                 progress(number + 1, total)
+        tail = current_tail(self.path, shards)
+        if tail is not None and (size := unreadable(tail, self.meta)):
+            raise UserError(
+                f"{tail}: damaged (the last {size} bytes are no images); run the same "
+                "`agevlm teach` again, which labels those images again"
+            )
+        if self._index.version == VERSION and not self._sums().equals(self._index.moments):
+            raise damaged(self.path / INDEX, "its feature sums are not those of the shards")
         for number, (key, entry) in enumerate(images.items(), start=len(shards)):
             path = (data or Path()) / key
             if not image_exists(path):
@@ -185,6 +197,21 @@ class Store:
             "iou": self._rows(entry, "iou", 0, len(prompts)),
             "features": self._raw_features(entry) if self.meta.feature_channels else None,
         }
+
+    def _sums(self) -> Moments:
+        """The sums over all features, from the shards and the tail."""
+        moments, counted = Index.empty(self.meta).moments, set[str]()
+        if not self.meta.feature_channels:
+            return moments
+        for shard, file in zip(self._index.shards, self._index.files, strict=True):
+            entries = read_entries(self.path / shard.file, file, shard)
+            table = file.get_slice("features")
+            for image, (key, _, _) in enumerate(entries):
+                if key not in counted:
+                    counted.add(key)
+                    moments.add(table[image])
+        count_features(moments, self._tail, counted)
+        return moments
 
     def _locate(self, image_key: str, prompt: str) -> tuple[Entry, int]:
         entry = self._index.images[image_key]

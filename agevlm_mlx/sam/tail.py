@@ -87,6 +87,38 @@ def read_tail(path: Path, meta: StoreMeta) -> Iterator[tuple[Row, int]]:
             yield row, file.tell()
 
 
+def unreadable(path: Path, meta: StoreMeta) -> int:
+    """How many bytes at the end of a tail are damaged: they follow its whole images, and are not
+    the beginning of one that a killed writer leaves."""
+    end = max((end for _, end in read_tail(path, meta)), default=0)
+    with path.open("rb") as file:
+        file.seek(end)
+        rest = file.read()
+    return 0 if _is_torn(rest, meta) else len(rest)
+
+
+def _is_torn(rest: bytes, meta: StoreMeta) -> bool:
+    """Whether bytes are the beginning of an image, as far as they go."""
+    start = _FRAME.size + _HEAD.size
+    if len(rest) < start:
+        return True
+    length, _ = _FRAME.unpack_from(rest)
+    (n,) = _HEAD.unpack_from(rest, _FRAME.size)
+    if length <= len(rest) - _FRAME.size:
+        return False  # it is all there, and wrong
+    if len(rest) < start + n:
+        return True
+    try:
+        _, _, text = json.loads(rest[start : start + n])
+        return length == _HEAD.size + n + _array_bytes(count(text), meta)
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return False
+
+
+def _array_bytes(rows: int, meta: StoreMeta) -> int:
+    return rows * (meta.cells + 2) + 2 * meta.cells * meta.feature_channels
+
+
 def _read(file: BinaryIO, size: int, meta: StoreMeta) -> Row | None:
     head = file.read(_FRAME.size)
     if len(head) < _FRAME.size:
@@ -109,7 +141,7 @@ def _row(payload: bytes, meta: StoreMeta) -> Row | None:
     at = _HEAD.size + n
     if type(key) is not str or type(sha256) is not str:
         return None
-    if len(payload) != at + rows * (cells + 2) + 2 * cells * channels:
+    if len(payload) != at + _array_bytes(rows, meta):
         return None
     coverage = np.frombuffer(payload, np.uint8, rows * cells, at).reshape(rows, cells)
     iou = np.frombuffer(payload, np.float16, rows, at + rows * cells)

@@ -245,10 +245,11 @@ class Teacher:
             owners = [i for i, _ in part]
             for i, rows in itertools.groupby(range(len(part)), key=owners.__getitem__):
                 index = list(rows)
-                full = self.sam.postprocess_masks(
-                    logits[index, None], resized[i], images[i].shape[:2]
-                )
-                masks[i].append((full[:, 0] > self.sam.mask_threshold).cpu().numpy())
+                low, size = logits[index, None], images[i].shape[:2]
+                most = self._at_once(size)
+                for first in range(0, len(index), most):
+                    full = self.sam.postprocess_masks(low[first : first + most], resized[i], size)
+                    masks[i].append((full[:, 0] > self.sam.mask_threshold).cpu().numpy())
                 scores[i].append(iou[index].cpu().numpy())
         grids = embeddings.permute(0, 2, 3, 1).cpu().numpy() if features else [None] * len(images)
         return [
@@ -265,6 +266,10 @@ class Teacher:
         """Run the encoder over one image u8[h w 3], which then can be asked about many points."""
         embedding, (resized,) = self._embed([image])
         return Look(self, embedding, resized, image.shape[:2])
+
+    def _at_once(self, size: tuple[int, int]) -> int:
+        """How many masks of an image of `size` may be in memory in full size."""
+        return max(1, _PIXELS // max(size[0] * size[1], self.architecture.image_size**2))
 
     def _embed(self, images: Sequence[np.ndarray]) -> tuple[torch.Tensor, list[tuple[int, int]]]:
         """Image embeddings [n C Gs Gs], and the sizes that the images were brought to."""
@@ -334,9 +339,7 @@ class Look:
         low, iou = logits[:, tokens].flatten(0, 1), iou[:, tokens].flatten()
         good = iou > min_iou
         low, iou = low[good], iou[good]
-        # In full size they may not fit into memory together.
-        largest = max(self._size[0] * self._size[1], teacher.architecture.image_size**2)
-        chunk = max(1, _PIXELS // largest)
+        chunk = teacher._at_once(self._size)
         masks, stability = [np.zeros((0, *self._size), bool)], [np.zeros(0, np.float32)]
         for start in range(0, len(low), chunk):
             full = sam.postprocess_masks(

@@ -76,7 +76,9 @@ def save(
         temporary.mkdir(parents=True)
         digests = {}
         for name, tensors in zip(_FILES, (model, optimizer), strict=True):
-            mx.save_safetensors(str(temporary / name), tensors, {"format": "mlx"})
+            # Sorted, so that equal checkpoints have equal hashes.
+            ordered = dict(sorted(tensors.items()))
+            mx.save_safetensors(str(temporary / name), ordered, {"format": "mlx"})
             digests[name] = _digest(temporary / name)
             _sync(temporary / name)
         content = {"step": step, "sha256": digests, **state}

@@ -1,6 +1,7 @@
 """The teacher's labels that a run needs: found, made, and checked before the first step."""
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -13,8 +14,8 @@ import numpy as np
 from ..data.image import Preprocessor
 from ..data.record_set import Records, read_problems
 from ..errors import UserError
-from ..sam.jobs import Jobs, complete
 from ..sam.index import INDEX
+from ..sam.jobs import Jobs, complete
 from ..sam.store import Store, image_sha256
 from ..sam.writer import BAD_RECORDS
 from .stages import Recipe
@@ -121,7 +122,14 @@ class Labelling:
     def _run(self, path: Path, data: Path, features: bool) -> None:
         # In its own process: the teacher needs torch, training never imports it.
         command = self._command(path, data, features)
-        status = subprocess.run(command, check=False).returncode
+        # It ends with this process, however that ends: a pipe of ours is its standard input.
+        theirs, ours = os.pipe()
+        try:
+            words = [*command, "--end-with-stdin"]
+            status = subprocess.run(words, check=False, stdin=theirs).returncode
+        finally:
+            os.close(theirs)
+            os.close(ours)
         if status:
             raise UserError(
                 f"the teacher ended with exit status {status}, see above; to run it alone: "

@@ -140,16 +140,21 @@ class Ranks:
         mx.eval(summed)
         return summed
 
-    def share(self, value: Any) -> Any:
-        """Rank 0's `value`, anything that JSON can hold."""
+    def share(self, value: Any, source: int = 0) -> Any:
+        """The `value` of rank `source`, anything that JSON can hold."""
         if self.size == 1:
             return value
-        data = np.frombuffer(json.dumps(value).encode(), np.uint8) if self.first else None
+        mine = self.rank == source
+        data = np.frombuffer(json.dumps(value).encode(), np.uint8) if mine else None
         (length,) = self.sum([0 if data is None else len(data)])
         own = np.zeros(int(length), np.int32) if data is None else data.astype(np.int32)
         with self._answer():
             total = mx.distributed.all_sum(mx.array(own), group=self._group)
             return json.loads(np.array(total).astype(np.uint8).tobytes())
+
+    def gather(self, values: list[Any]) -> list[Any]:
+        """The values of all ranks, in their order; each anything that JSON can hold."""
+        return [value for rank in range(self.size) for value in self.share(values, rank)]
 
     def share_arrays(self, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
         """Rank 0's arrays, bit for bit; the others' own are not looked at."""

@@ -203,7 +203,7 @@ class Trainer:
                 start = time.perf_counter()
                 drawn = [source.next() for _ in parts]
                 waited = time.perf_counter() - start
-                self._bad_records(batches.take_problems())
+                self._met = batches.take_problems()
                 lr = learning_rate(stage, step_in_stage)
                 report, tokens = self._update(stage, drawn, lr)
                 self.step += 1
@@ -246,10 +246,12 @@ class Trainer:
         """One optimiser step; the numbers to report, and the text tokens of the whole batch."""
         own = Totals.of(drawn)
         size = sum(group.ids.size for batch in drawn for group in batch.groups)
-        *sums, size, stop = self.ranks.sum(
-            [own.tokens, own.guided, own.cells, size, self._stop.is_set()]
+        *sums, size, met, stop = self.ranks.sum(
+            [own.tokens, own.guided, own.cells, size, len(self._met), self._stop.is_set()]
         )
         self._agreed_to_stop = stop > 0
+        if met:
+            self._bad_records(self._met)
         grads, shares = self._gradients(stage, drawn, Totals(*sums))
         grads = self.ranks.sum_gradients(grads)
         loss, *values = self.ranks.sum(shares)
@@ -332,11 +334,13 @@ class Trainer:
         )
 
     def _bad_records(self, problems: Sequence[Problem]) -> None:
-        """List what is left out of the data in the run's folder, and say what is new."""
-        self.job.problems += problems
-        for problem in problems:
+        """List what any process has left out of the data in the run's folder; say what is new."""
+        told = self.ranks.gather([vars(problem) for problem in problems])
+        new = [p for p in dict.fromkeys(Problem(**p) for p in told) if p not in self.job.problems]
+        self.job.problems += new
+        for problem in new:
             self._tell.progress.say(f"left out: {problem.error()}")
-        if problems and self.ranks.first:
+        if new and self.ranks.first:
             file = self.run / BAD_RECORDS
             known = read_problems(file) if file.exists() else []
             write_problems(file, dict.fromkeys([*known, *self.job.problems]))

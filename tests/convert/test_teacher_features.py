@@ -2,6 +2,7 @@
 
 import json
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from agevlm_mlx import teach
 from agevlm_mlx.data.batches import Batches, GroupSpec
 from agevlm_mlx.data.image import Preprocessor
 from agevlm_mlx.data.record_set import read_records
+from agevlm_mlx.errors import UserError
 from agevlm_mlx.sam.jobs import Jobs
 from agevlm_mlx.sam.labelling import Labeller
 from agevlm_mlx.sam.protocol import Labels
@@ -364,6 +366,43 @@ def test_several_arrays_need_a_name(data, files, tmp_path, capsys):
     np.testing.assert_array_equal(got, EMBEDDINGS["wide"].transpose(1, 2, 0))
     arguments = data, files, tmp_path / "store", "--array", "c"
     assert "expected 'c', got a, b" in refusal(capsys, *arguments)
+
+
+def header(shape: str) -> bytes:
+    """The beginning of an .npy file."""
+    text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}"
+    text += " " * (-(len(text) + 11) % 64) + "\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
+
+
+def test_a_header_that_claims_more_than_there_is_takes_no_memory(tmp_path):
+    path = tmp_path / "wide.npy"
+    path.write_bytes(header("(256, 100000, 100000)") + b"\0" * 100)
+    with pytest.raises(UserError, match=r"wide\.npy: not a readable \.npy file"):
+        teacher_features.read(path)
+    path = tmp_path / "wide.npz"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.npy", header("(256, 100000, 100000)") + b"\0" * 100)
+    with pytest.raises(UserError, match=r"wide\.npz: not a readable \.npz file"):
+        teacher_features.read(path)
+
+
+def test_an_archive_that_unpacks_to_very_much_is_refused(tmp_path, monkeypatch):
+    npz(tmp_path / "wide.npz", EMBEDDINGS["wide"])
+    monkeypatch.setattr(teacher_features, "_LARGEST_ARCHIVE", 1000)
+    monkeypatch.setattr(np, "load", lambda *_, **__: pytest.fail("unpacked"))
+    with pytest.raises(UserError, match="unpacked it would have 1408 bytes, expected 1000"):
+        teacher_features.read(tmp_path / "wide.npz")
+
+
+@pytest.mark.parametrize(("place", "value"), [(8, 1), (10, 99)])  # encrypted; packed in another way
+def test_an_archive_that_zipfile_cannot_unpack(tmp_path, place, value):
+    npz(tmp_path / "wide.npz", EMBEDDINGS["wide"])
+    data = bytearray((tmp_path / "wide.npz").read_bytes())
+    data[data.rfind(b"PK\1\2") + place] = value
+    (tmp_path / "wide.npz").write_bytes(data)
+    with pytest.raises(UserError, match="not a readable"):
+        teacher_features.read(tmp_path / "wide.npz")
 
 
 class Evil:

@@ -391,7 +391,7 @@ def test_flip_mirrors_pixels_and_targets_together(masked: Records, micro: Any) -
 def test_targets_come_from_the_store_by_box_or_point(one: Record, micro: Any) -> None:
     coverage = np.linspace(0, 0.5, 16, dtype=np.float32)
     for fields in ({"box": (1, 2, 9, 8)}, {"point": (3.5, 4.0)}):
-        record = with_phrase(one, **fields)  # the store goes before the record's own mask
+        record = with_phrase(one, **fields)
         (where,) = fields.values()
         store = Shelf({f"1.png {prompt_key(where)}": coverage})
         (group,) = draw([record], micro, CAPTION, batch_size=1, store=store).batch(0).groups

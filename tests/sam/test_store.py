@@ -421,20 +421,67 @@ def test_coco_fits_on_a_24_x_24_grid(tmp_path, channels, images, limit):
     assert size / images * 118_287 <= limit * 2**30
 
 
-def test_an_image_added_again_replaces_its_labels(tmp_path):
+@pytest.mark.parametrize("place", ["memory", "tail", "last shard", "earlier shard"])
+def test_an_image_added_again_gets_the_masks_that_it_lacks(tmp_path, place):
+    first, last = {"earlier shard": (3, 20)}.get(place, (1, 4))
+    new = {
+        **image(3),
+        "prompts": [image(3)["prompts"][1], "point:1,2"],
+        "coverage": np.ones((2, 6), dtype=np.float32),
+        "iou": np.ones(2, np.float32),
+        "features": np.ones((6, 4)),
+    }
+    store = StoreWriter(tmp_path, META, shard_bytes=600)
+    for number in range(first, last):
+        store.add(**image(number))
+    if place == "tail":
+        store.flush()
+        store._lock.close()
+    elif place != "memory":
+        store.close()
+    if place != "memory":
+        store = StoreWriter(tmp_path, META, shard_bytes=600)
+    store.add(**new)
+    store.flush()
+    for reader in (Store(tmp_path), store.close() or Store(tmp_path)):
+        key = new["image_key"]
+        assert len(reader) == last - first
+        assert reader.prompts(key) == (*image(3)["prompts"], "point:1,2")
+        assert reader.target(key, "point:1,2").tolist() == [1.0] * 6
+        for number in range(first, last):
+            assert_labels(reader, number)
+        fill(tmp_path / "once", range(first, last))
+        once = Store(tmp_path / "once")
+        np.testing.assert_allclose(reader.feature_mean, once.feature_mean, rtol=1e-9)
+        assert reader.feature_scale == pytest.approx(once.feature_scale, rel=1e-9)
+        np.testing.assert_allclose(features(reader, key), features(once, key), rtol=1e-6)
+
+
+def test_an_image_added_again_without_anything_new_changes_nothing(tmp_path):
     fill(tmp_path, range(6))
-    again = {**image(3), "coverage": np.ones((3, 6), dtype=np.float32), "sha256": "f" * 64}
+    before = contents(tmp_path)
     with StoreWriter(tmp_path, META) as store:
-        store.add(**again)
+        store.add(**{**image(3), "coverage": np.ones((3, 6), dtype=np.float32)})
+    assert contents(tmp_path) == before
+
+
+def test_another_file_under_an_images_key_is_refused(tmp_path):
+    fill(tmp_path, range(6))
+    with (
+        StoreWriter(tmp_path, META) as store,
+        pytest.raises(UserError, match=r"000003\.png changed since it was labelled"),
+    ):
+        store.add(**{**image(3), "sha256": "f" * 64})
+
+
+def test_a_reader_goes_on_while_the_store_grows(tmp_path):
+    fill(tmp_path, range(5))
     store = Store(tmp_path)
-    assert len(store) == 6
-    assert store.sha256(again["image_key"]) == "f" * 64
-    assert store.target(again["image_key"], again["prompts"][1]).tolist() == [1.0] * 6
-    np.testing.assert_allclose(
-        store.target(image(2)["image_key"], image(2)["prompts"][1]),
-        image(2)["coverage"][1],
-        atol=0.002,
-    )
+    fill(tmp_path, range(8))
+    assert [path.name for path in tmp_path.glob("shard-*")] == ["shard-00000-8.safetensors"]
+    for number in range(5):
+        assert_labels(store, number)
+        assert len(features(store, image(number)["image_key"])) == META.cells
 
 
 @pytest.mark.parametrize(
@@ -507,6 +554,36 @@ def test_verify_finds_a_flipped_bit_and_a_changed_image(tmp_path):
         Store(tmp_path / "store").verify()
 
 
+@pytest.mark.parametrize("cut", [0, 1, 7, 11, 13, 60, 100])
+def test_verify_takes_the_piece_that_a_killed_writer_leaves(tmp_path, cut):
+    unfinished(tmp_path, 0, 3)
+    (path,) = tmp_path.glob("tail-*")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size - cut])
+    Store(tmp_path).verify()
+
+
+@pytest.mark.parametrize("bit", range(0, 3000, 101))
+def test_verify_finds_a_flipped_bit_in_a_tail(tmp_path, bit):
+    unfinished(tmp_path, 2, 4)
+    (path,) = tmp_path.glob("tail-*")
+    data = bytearray(path.read_bytes())
+    assert len(data) * 8 > 3000
+    data[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(bytes(data))
+    with pytest.raises(UserError, match=r"tail-00000-2\.bin: damaged .* `agevlm teach` again"):
+        Store(tmp_path).verify()
+
+
+@pytest.mark.parametrize("change", [{"cells": 3}, {"sum": [1.0] * 4}, {"squares": [9.0] * 4}])
+@pytest.mark.parametrize("more", [0, 2])
+def test_verify_sums_the_features_up(tmp_path, change, more):
+    unfinished(tmp_path, 6, more)
+    Store(tmp_path).verify()
+    rewrite(tmp_path, lambda d: d["features"].update(change))
+    with pytest.raises(UserError, match=r"index\.json: damaged \(its feature sums"):
+        Store(tmp_path).verify()
+
+
 def test_a_missing_store_says_how_to_make_one(tmp_path):
     with pytest.raises(UserError, match="agevlm teach"):
         Store(tmp_path / "nothing")
@@ -532,6 +609,11 @@ def rewrite(path: Path, change) -> None:
         (lambda d: d["shards"][0].update(color=1), "damaged"),
         (lambda d: d["shards"].append(d["shards"][0] | {"file": "shard-00001-1.safetensors"}), "d"),
         (lambda d: d["features"].update(sum=[0.0]), "feature sums"),
+        (lambda d: d["features"].update(sum=[float("nan")] * 4), "feature sums"),
+        (lambda d: d["features"].update(squares=[float("inf")] * 4), "feature sums"),
+        (lambda d: d["features"].update(cells=-3), "over -3 cells"),
+        (lambda d: d["shards"].append(d["shards"][0]), "listed twice"),
+        (lambda d: d.update(version=True), "format version 2 or 1, got True"),
         (lambda d: d["meta"].update(grid=[2]), "grid"),
         (lambda d: d["meta"].update(color=1), "unknown key"),
     ],

@@ -1,5 +1,6 @@
 """`agevlm teach` with a teacher that needs no torch: it fills the box it is shown."""
 
+import functools
 import json
 import os
 import shlex
@@ -157,8 +158,99 @@ def test_new_phrases_of_a_finished_image_are_added(data, tmp_path):
     (data / "data.jsonl").write_text(text)
     teacher = FakeTeacher()
     run(data, tmp_path / "store", teacher)
-    assert [prompts for _, prompts in teacher.seen] == [[(4, 0, 10, 10), (3, 0, 23, 20)]]
-    assert Store(tmp_path / "store").prompts("images/3.png") == ("box:4,0,10,10", "box:3,0,23,20")
+    assert [prompts for _, prompts in teacher.seen] == [[(4, 0, 10, 10)]]
+    assert Store(tmp_path / "store").prompts("images/3.png") == ("box:3,0,23,20", "box:4,0,10,10")
+
+
+def other_boxes(data: Path) -> Path:
+    """Other data about the same pictures."""
+    other = data.with_name("other")
+    other.mkdir()
+    (other / "images").symlink_to(data / "images")
+    text = (data / "data.jsonl").read_text().replace("20, 20]", "8, 8]").replace("0, 2", "1, 1")
+    (other / "data.jsonl").write_text(text)
+    return other
+
+
+def test_two_data_sets_of_the_same_pictures_share_a_store(data, tmp_path):
+    other = other_boxes(data)
+    run(data, tmp_path / "first", FakeTeacher(), features=True)
+    run(other, tmp_path / "second", FakeTeacher(), features=True)
+    teacher = FakeTeacher()
+    for folder in (data, other, data, other):
+        run(folder, tmp_path / "both", teacher, features=True)
+    assert len(teacher.seen) == 20  # each image once for each
+    first, second, both = (Store(tmp_path / name) for name in ("first", "second", "both"))
+    for store in (first, second):
+        for key in store:
+            for prompt in store.prompts(key):
+                assert np.array_equal(both.target(key, prompt), store.target(key, prompt))
+    np.testing.assert_allclose(both.feature_mean, first.feature_mean)
+    assert both.feature_scale == pytest.approx(first.feature_scale)
+    assert complete(both, Jobs(read_records(data)))
+    assert complete(both, Jobs(read_records(other)))
+    both.verify()
+
+
+def test_the_forecast_counts_the_masks_that_are_stored_anew(data, tmp_path):
+    run(data, tmp_path / "store", FakeTeacher(), features=True)
+    one = sum(path.stat().st_size for path in (tmp_path / "store").glob("shard-*"))
+    with writer.StoreWriter(tmp_path / "store", Store(tmp_path / "store").meta) as store:
+        plan = survey(Jobs(read_records(other_boxes(data))), store.meta, store)
+    assert plan.prompts == 10
+    run(data.with_name("other"), tmp_path / "store", FakeTeacher(), features=True)
+    both = sum(path.stat().st_size for path in (tmp_path / "store").glob("shard-*"))
+    assert both - one == pytest.approx(plan.size, abs=500)  # a header
+
+
+def test_merging_into_a_store_keeps_its_masks(data, tmp_path):
+    run(data, tmp_path / "one", FakeTeacher())
+    run(other_boxes(data), tmp_path / "two", FakeTeacher())
+    out = ["--out", str(tmp_path / "both")]
+    assert teach.main(["--merge", str(tmp_path / "one"), *out]) == 0
+    assert teach.main(["--merge", str(tmp_path / "two"), *out]) == 0
+    one, two, both = (Store(tmp_path / name) for name in ("one", "two", "both"))
+    for store in (one, two):
+        for key in store:
+            for prompt in store.prompts(key):
+                assert np.array_equal(both.target(key, prompt), store.target(key, prompt))
+
+
+def test_a_store_may_be_merged_into_itself_while_its_last_shard_grows(data, tmp_path, monkeypatch):
+    small = functools.partial(writer.StoreWriter, shard_bytes=700)
+    monkeypatch.setattr(merging, "StoreWriter", small)
+    run(data, tmp_path / "whole", FakeTeacher())
+    run(other_boxes(data), tmp_path / "others", FakeTeacher())
+    merging.merge_stores([tmp_path / "whole"], tmp_path / "one")
+    assert merging.merge_stores([tmp_path / "others", tmp_path / "one"], tmp_path / "one") == 10
+    assert {len(Store(tmp_path / "one").prompts(f"images/{i}.png")) for i in range(10)} == {2}
+
+
+def test_a_shard_without_images_is_done_and_merges(data, tmp_path, capsys):
+    words = ["--data", str(data), "--backend", "mlx", "--workers", "1", "--out"]
+    for shard in ("1/11", "11/11"):
+        out = str(tmp_path / shard[:-3])
+        assert teach.main([*words, out, "--shard", shard]) == 0
+    assert "0 images" in capsys.readouterr().out
+    parts = [str(tmp_path / "1"), str(tmp_path / "11")]
+    assert teach.main(["--merge", *parts, "--out", str(tmp_path / "all")]) == 0
+    assert list(Store(tmp_path / "all")) == ["images/0.png"]
+
+
+@pytest.mark.parametrize(
+    "preprocessor",
+    [
+        Preprocessor(image_size=64),
+        Preprocessor(image_size=64, resize="crop", convention="transformers"),
+        Preprocessor(image_size=48, convention="torchvision", crop_pct=0.9),
+        Preprocessor(image_size=32, convention="sam", image_mean=(0.1, 0.2, 0.3)),
+    ],
+)
+def test_a_students_preprocessing_may_be_given_whole(data, tmp_path, preprocessor):
+    words = ["--data", str(data), "--backend", "mlx", "--workers", "1", "--grid", "4x4"]
+    words += ["--preprocessing", json.dumps(preprocessor.to_dict()), "--limit", "2"]
+    assert teach.main([*words, "--out", str(tmp_path / "store")]) == 0
+    Store(tmp_path / "store").check(preprocessor.fingerprint(), (4, 4))
 
 
 def test_an_image_that_changed_is_noticed(data, tmp_path):
@@ -273,6 +365,10 @@ def test_a_folder_can_be_verified_and_damage_is_found(data, tmp_path, capsys):
         (["--data", "nowhere"], "no such data folder"),
         (["--data", "{data}", "--model", "m", "--grid", "4x4"], "drop those flags"),
         (["--verify"], "expected a SAM store"),
+        (["--data", "{data}", "--preprocessing", "{{", "--grid", "4x4"], "expected JSON"),
+        (["--data", "{data}", "--preprocessing", "[]"], "--preprocessing: expected a table"),
+        (["--data", "{data}", "--preprocessing", '{{"image_size": 0}}'], "image_size >= 1"),
+        (["--data", "{data}", "--preprocessing", "{{}}", "--resize", "pad"], "drop those flags"),
         (["--data", "{data}", "--backend", "mlx", "--device", "cpu"], "is for --backend torch"),
         (["--data", "{data}", "--match-thresh", "0.4"], "--match-thresh: is for --prompt auto"),
         (["--data", "{data}", "--prompt", "auto", "--match-thresh", "4"], "from 0 to 1"),
@@ -393,6 +489,23 @@ def test_images_are_read_a_few_ahead_of_the_teacher(data, monkeypatch):
     next(results)
     assert 2 <= len(taken) <= 2 + 2 * (2 + labelling.READERS)
     assert len(list(results)) == 99
+
+
+def test_masks_of_large_pictures_are_made_for_a_few_at_a_time(data, tmp_path, monkeypatch):
+    calls = []
+
+    class Teacher(FakeTeacher):
+        def label(self, images, prompts, **options):
+            calls.append(len(images))
+            return super().label(images, prompts, **options)
+
+    run(data, tmp_path / "whole", FakeTeacher())
+    for most, wanted in ((1, [1] * 10), (40 * 20 * 3, [3, 1, 3, 1, 2]), (10**6, [4, 4, 2])):
+        calls.clear()
+        monkeypatch.setattr(labelling, "MASK_BYTES", most)
+        run(data, tmp_path / str(most), Teacher())
+        assert calls == wanted
+        assert contents(tmp_path / str(most)) == contents(tmp_path / "whole")
 
 
 def test_shards_made_apart_merge_into_the_store_of_one_machine(data, tmp_path, capsys):
@@ -520,6 +633,9 @@ def test_bad_images_and_records_stop_or_are_left_out_and_listed(data, tmp_path, 
     ]
     assert "expected a box inside the image of 40 x 20 pixels" in bad[3]["problem"]
     assert list(Store(store)) == [f"images/{i}.png" for i in (0, 1, 3, 6, 7, 8, 9)]
+    # A merged store has the list, too.
+    assert teach.main(["--merge", str(store), "--out", str(tmp_path / "copy")]) == 0
+    assert contents(tmp_path / "copy") == contents(store)
     # Mended: what was left out is labelled, and the list goes.
     (data / "images/2.png").write_bytes(good[0])
     (data / "data.jsonl").write_text(good[1])

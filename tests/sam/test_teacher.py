@@ -18,6 +18,7 @@ from agevlm_mlx.data.painting import make_scene
 from agevlm_mlx.data.scenes import write_scenes
 from agevlm_mlx.errors import UserError
 from agevlm_mlx.sam.architecture import EMBEDDED, META, Architecture
+from agevlm_mlx.sam.mlx_teacher import MlxTeacher
 from agevlm_mlx.sam.store import Store
 from agevlm_mlx.sam.targets import mask_iou
 
@@ -115,6 +116,21 @@ def test_masks_of_any_image_are_those_of_metas_predictor(checkpoint, size):
     theirs, scores, _ = predictor.predict(np.array([point]), np.array([1]), multimask_output=True)
     assert (masks[1] == theirs[scores.argmax()]).mean() > 0.999
     assert iou[1] == pytest.approx(scores.max(), abs=1e-4)
+
+
+@pytest.mark.parametrize("size", [(1, 3000), (3000, 1), (2, 999)])
+def test_a_long_thin_picture_is_labelled_as_in_mlx(size):
+    torch_teacher, mlx_teacher, image = Teacher(device="cpu"), MlxTeacher(), noise(*size)
+    prompts = [(0, 0, size[1], size[0]), (size[1] / 2, size[0] / 2)]
+    (one,) = torch_teacher.label([image], [prompts], features=True)
+    (other,) = mlx_teacher.label([image], [prompts], features=True)
+    assert one.masks.shape == other.masks.shape == (2, *size)
+    assert (one.masks == other.masks).mean() > 0.999
+    np.testing.assert_allclose(one.iou, other.iou, atol=1e-3)
+    np.testing.assert_allclose(one.features, other.features, atol=0.01)
+    look = torch_teacher.look(image)
+    found = look.candidates(np.array([prompts[1]]), min_iou=-9, min_stability=0)
+    assert found.masks.shape == (1, *size)
 
 
 def test_a_batch_of_images_of_many_sizes_gives_each_its_own(checkpoint):
@@ -216,6 +232,21 @@ def test_a_look_gives_the_masks_of_the_points(checkpoint):
     some = look.candidates(points, min_iou=-9, min_stability=limit)
     assert np.array_equal(some.masks, every.masks[every.stability >= limit])
     assert look.candidates(points, min_iou=9, min_stability=0).masks.shape == (0, 40, 90)
+
+
+def test_masks_of_a_large_picture_are_made_one_by_one(checkpoint, monkeypatch):
+    teacher, image = Teacher(checkpoint, device="cpu"), noise(40, 90)
+    prompts = [(5, 5, 50, 30), (20, 20), (1, 1, 80, 30)]
+    together, scores = teacher.masks(image, prompts)
+    monkeypatch.setattr(sam_teacher, "_PIXELS", 1)
+    made, postprocess = [], teacher.sam.postprocess_masks
+    monkeypatch.setattr(
+        teacher.sam, "postprocess_masks", lambda m, *a: made.append(len(m)) or postprocess(m, *a)
+    )
+    alone, others = teacher.masks(image, prompts)
+    assert made == [1, 1, 1]
+    assert np.array_equal(together, alone)
+    np.testing.assert_array_equal(scores, others)
 
 
 def test_a_large_picture_is_asked_about_in_pieces(checkpoint, monkeypatch):

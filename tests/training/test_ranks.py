@@ -121,6 +121,8 @@ from agevlm_mlx.training.ranks import Ranks
 ranks = Ranks.start()
 assert ranks.sum([ranks.rank, 1]) == [3.0, 3.0]
 assert ranks.share({"a": [1, "é"]} if ranks.first else None) == {"a": [1, "é"]}
+assert ranks.share([ranks.rank], 2) == [2]
+assert ranks.gather(["a"] * ranks.rank) == ["a", "a", "a"]
 wanted = {
     "x": mx.array([1.5, -0.0, float("nan"), float("inf")]),
     "half": mx.array([[1.0, -2.0]]).astype(mx.bfloat16),

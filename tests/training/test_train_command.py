@@ -165,7 +165,7 @@ def test_scenes_and_labels_are_made_when_missing(tiny: list[str], tmp_path: Path
     monkeypatch.chdir(tmp_path)
     commands = []
 
-    def teacher(command: list[str], check: bool) -> subprocess.CompletedProcess:
+    def teacher(command: list[str], **_: Any) -> subprocess.CompletedProcess:
         commands.append(command)
         flags = dict(word.split("=") for word in command if "=" in word)
         label(Path(flags["--data"]), Path(flags["--out"]))
@@ -192,7 +192,7 @@ def test_labels_that_stop_half_way_are_completed_first(
     error = fails(capsys, *tiny, "data.store=half", "--out", "run")
     assert "half does not hold labels for all images" in error
 
-    def teacher(command: list[str], check: bool) -> subprocess.CompletedProcess:
+    def teacher(command: list[str], **_: Any) -> subprocess.CompletedProcess:
         label(tiny_folder / "train", Path("half"))
         return subprocess.CompletedProcess(command, 0)
 
@@ -205,7 +205,7 @@ def test_a_teacher_that_fails_ends_the_command(
 ):
     monkeypatch.chdir(tmp_path)
     failed = subprocess.CompletedProcess([], 3)
-    monkeypatch.setattr(labels.subprocess, "run", lambda command, check: failed)
+    monkeypatch.setattr(labels.subprocess, "run", lambda command, **_: failed)
     error = fails(capsys, *tiny, "data.teach=true", "data.store=new", "--out", "run")
     assert "the teacher ended with exit status 3" in error
 
