@@ -11,15 +11,16 @@ from . import atomic
 from .data.contact_sheet import contact_sheet
 from .data.counting import Student, count, missing_files
 from .data.exclude import exclusions
+from .data.folder import REPORT
 from .data.record_scan import NoRecords
-from .data.record_set import Records, read_records, write_problems
+from .data.record_set import BAD, Records, read_records, write_problems
 from .data.records import to_json
 from .data.report import Report
 from .errors import UserError, command
 from .sam.progress import Progress
 from .sam.store import Store
 
-SHEET = Path("data-check.png")
+SHEET = Path(REPORT)
 
 EXAMPLES = """\
 examples:
@@ -168,7 +169,7 @@ def convert(args: argparse.Namespace) -> int:
 
     atomic.write_file(out, write)
     if records.problems:
-        bad = out.with_name("bad_records.jsonl")
+        bad = out.with_name(BAD)
         write_problems(bad, records.problems)
         print(f"{bad}: what was left out")
     print(f"{out}: {len(records):,} records about {len(records.images):,} images")
@@ -220,6 +221,14 @@ def _check_writable(args: argparse.Namespace) -> None:
     for path in (args.json, args.bad, None if args.no_sheet else args.sheet):
         if path is not None:
             _check_folder(path)
+            _check_outside(path, args.data)
+
+
+def _check_outside(path: Path, data: Path) -> None:
+    """A file below the data would be read as a part of it from then on."""
+    file, home = path.resolve(), data.resolve()
+    if file == home or (file.is_relative_to(home) and path.name not in (REPORT, BAD)):
+        raise UserError(f"{path}: expected a file outside of the data {data}; choose another place")
 
 
 def _check_folder(path: Path) -> None:

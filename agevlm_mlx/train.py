@@ -9,10 +9,11 @@ from . import atomic, config, malloc, watch
 from .errors import UserError, command
 from .training import checkpoint, preview, toml, trackers
 from .training.build import Job, export, prepare
+from .training.observers import Observer
 from .training.ranks import GO_ON, LOST, LostRanks, Ranks
 from .training.rules import named_parameters
 from .training.stages import Recipe, read_recipe, shipped_recipes
-from .training.trainer import Observer, Trainer
+from .training.trainer import Trainer
 
 DEFAULT_RECIPE = "scenes"
 

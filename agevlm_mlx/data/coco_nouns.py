@@ -145,10 +145,11 @@ _SEAT = " seat"
 class CocoNouns:
     """Finds the classes that a text names."""
 
-    def __init__(self, spellings: Mapping[str, str]) -> None:
-        """spellings: each to its class, "" for what is of no class."""
+    def __init__(self, spellings: Mapping[str, str], *, hyphens: bool = False) -> None:
+        """spellings: each to its class, "" for what is of no class. hyphens: see
+        `NounVocabulary`."""
         self._seat = spellings.get("seat", "")
-        self._vocabulary = NounVocabulary((), {**spellings, "seat": _SEAT})
+        self._vocabulary = NounVocabulary((), {**spellings, "seat": _SEAT}, hyphens=hyphens)
 
     def mentions(self, text: str) -> list[str]:
         """The classes in the order in which they are named, a repeated one each time."""
@@ -169,10 +170,12 @@ def ours() -> CocoNouns:
 
 def of_classes(names: Iterable[str]) -> CocoNouns:
     """For a data set with classes of its own: their names, and for those that COCO has, the words
-    of this module. Words of other COCO classes keep theirs: "hot dog" names no dog."""
+    of this module. Words of other COCO classes keep theirs: "hot dog" names no dog. Hyphens are
+    spaces; in the tables that CHAIR counts with they are not, as its authors' program has it."""
     names = list(names)
     own = {" ".join(name.lower().replace("_", " ").split()): name for name in names}
-    return CocoNouns({word: own.get(noun, "") for word, noun in _own().items()} | own)
+    spellings = {word: own.get(noun, "") for word, noun in _own().items()} | own
+    return CocoNouns(spellings, hyphens=True)
 
 
 def _own() -> dict[str, str]:

@@ -15,6 +15,8 @@ from .records import CAPTION_PROMPT, Problem, Record, Turn, inside
 from .table_records import SPLITS, Columns
 from .tables import damage, rows
 
+#: What ``agevlm data check`` draws where it is called: not one of the pictures.
+REPORT = "data-check.png"
 #: Endings of pictures.
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2")
 TABLES = ("metadata.csv", "metadata.tsv", "metadata.jsonl", "metadata.parquet")
@@ -66,13 +68,13 @@ def read_folder(path: Path) -> Iterator[Record | Problem]:
 
 def _folders(path: Path) -> Iterator[tuple[Path, list[str]]]:
     """(folder, its files, sorted) of a folder and those below; links to folders are not followed,
-    what begins with a dot is not seen."""
+    what begins with a dot is not seen, nor is `REPORT`."""
     for place, below, names in os.walk(path):
         here = Path(place)
         below[:] = sorted(n for n in below if not n.startswith(".") and n != "__MACOSX")
         if here == path and "train" in below:
             below[:] = [n for n in below if n not in SPLITS or n == "train"]
-        yield here, sorted(n for n in names if not n.startswith("."))
+        yield here, sorted(n for n in names if not n.startswith(".") and n != REPORT)
 
 
 def _is_picture(name: str) -> bool:

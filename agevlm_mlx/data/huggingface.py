@@ -64,6 +64,8 @@ def _shards(home: Path) -> list[Path]:
     found = [home / name for name in plain if Path(name).name == name and name != ".."]
     if len(found) != len(names) or not names:
         raise UserError(f"{home / 'state.json'}: expected names of files in '_data_files'")
+    if missing := [file.name for file in found if not file.is_file()]:
+        raise UserError(f"{home}: {missing[0]} is missing, which state.json lists; copy it there")
     return found
 
 

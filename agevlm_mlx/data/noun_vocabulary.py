@@ -1,7 +1,7 @@
 """Known nouns found in free text, with the plain rules of English plurals."""
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 _WORD = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*")
 
@@ -14,10 +14,18 @@ class NounVocabulary:
     `_IRREGULAR` ("women", "mice"); a verb or adjective of the same spelling is not told apart.
     """
 
-    def __init__(self, nouns: Collection[str], synonyms: Mapping[str, str] | None = None) -> None:
-        """`synonyms` maps further spellings to one of `nouns`."""
+    def __init__(
+        self,
+        nouns: Collection[str],
+        synonyms: Mapping[str, str] | None = None,
+        *,
+        hyphens: bool = False,
+    ) -> None:
+        """`synonyms` maps further spellings to one of `nouns`. hyphens: "hot-dog" is "hot dog"
+        too; as a word of its own ("dog-house" is no "dog"), as it is in either case."""
+        self._hyphens = hyphens
         spellings = {noun: noun for noun in nouns} | dict(synonyms or {})
-        said = {tuple(_words(spelling)): noun for spelling, noun in spellings.items()}
+        said = {self._form(_words(spelling)): noun for spelling, noun in spellings.items()}
         said.pop((), None)  # a spelling without letters
         self._nouns = {form: noun for words, noun in said.items() for form in _with_plural(words)}
         # A plural rule may collide with a real noun (glass, glasses): the real one wins.
@@ -36,14 +44,19 @@ class NounVocabulary:
         words, at = list(_spans(text)), 0
         said = [word for word, _, _ in words]
         while at < len(words):
-            for length in range(min(self._longest.get(said[at], 0), len(words) - at), 0, -1):
-                noun = self._nouns.get(tuple(said[at : at + length]))
+            longest = self._longest.get(self._form(said[at : at + 1])[0], 0)
+            for length in range(min(longest, len(words) - at), 0, -1):
+                noun = self._nouns.get(self._form(said[at : at + length]))
                 if noun is not None:
                     yield noun, words[at][1], words[at + length - 1][2]
                     at += length
                     break
             else:
                 at += 1
+
+    def _form(self, words: Sequence[str]) -> tuple[str, ...]:
+        """The words as they are looked up."""
+        return tuple(" ".join(words).replace("-", " ").split()) if self._hyphens else tuple(words)
 
 
 def _words(text: str) -> list[str]:

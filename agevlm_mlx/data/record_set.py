@@ -19,8 +19,10 @@ from .record_scan import Index, OnError, Scan, Source
 from .records import Problem, Record, TextOnly, to_json
 from .stored import Stored
 
+#: What the list of bad records is called.
+BAD = "bad_records.jsonl"
 #: .jsonl files of a folder that are not its records.
-_OTHERS = ("bad_records.jsonl", "metadata.jsonl")
+_OTHERS = (BAD, "metadata.jsonl")
 
 
 class Paths(Sequence[Path]):

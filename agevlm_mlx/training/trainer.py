@@ -3,14 +3,12 @@
 import io
 import itertools
 import math
-import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from types import FrameType
-from typing import IO, Any, Protocol, cast
+from typing import IO, Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,7 +20,6 @@ from ..data.prefetch import Prefetch
 from ..data.record_set import read_problems, write_problems
 from ..data.records import Problem
 from ..errors import NO_ROOM, UserError
-from ..models.agevlm import AgeVLM
 from ..models.recompute import recomputed
 from . import checkpoint
 from .averaging import Average
@@ -30,6 +27,7 @@ from .build import Job
 from .compiled import make_update, wants_compile
 from .log import Metrics, Progress
 from .objective import PARTS, Totals, loss_and_gradients, place, validate
+from .observers import Observer, Tell, finish_the_step
 from .optim import global_norm, learning_rate, make_optimizer
 from .ranks import GO_ON, LOST, LostRanks, Ranks
 from .rules import named_parameters, parameter_scales, set_trainable
@@ -41,22 +39,6 @@ BAD_RECORDS = "bad_records.jsonl"
 _MEAN = "mean/"
 #: With ``on_nan = "skip"``: so many bad batches in a row are not bad luck.
 MOST_SKIPPED = 10
-
-
-class Observer(Protocol):
-    """Who is told of a run as it goes on; on rank 0 only."""
-
-    def row(self, row: Mapping[str, Any]) -> None:
-        """A row that ``metrics.jsonl`` gets."""
-        ...
-
-    def look(self, step: int, model: AgeVLM) -> None:
-        """The model after `step` steps: at the start, each ``train.pictures_every``, at the end."""
-        ...
-
-    def close(self) -> None:
-        """The run ends, for whatever reason."""
-        ...
 
 
 class Trainer:
@@ -142,10 +124,10 @@ class Trainer:
         metrics = Metrics(self.run / "metrics.jsonl", self.step) if self.ranks.first else None
         stream = self._stream if self.ranks.first else io.StringIO()
         progress = Progress(self.recipe.stages, self.step, self.recipe.train.log_every, stream)
-        self._tell = _Tell(metrics, progress, self._observers)
+        self._tell = Tell(metrics, progress, self._observers)
         self.ranks.before_end = self._save_unsaved
         try:
-            with _signals(self._stop):
+            with finish_the_step(self._stop):
                 found, self.job.problems = self.job.problems, []
                 self._bad_records(found)
                 if self.step == 0:
@@ -439,32 +421,6 @@ class Trainer:
         )
 
 
-class _Tell:
-    """Everyone who hears of a step: the metrics file, the progress line, the observers."""
-
-    def __init__(
-        self, metrics: Metrics | None, progress: Progress, observers: Sequence[Observer]
-    ) -> None:
-        self.metrics, self.progress, self.observers = metrics, progress, observers
-
-    def row(self, **row: Any) -> None:
-        if self.metrics is not None:
-            self.metrics.write(**row)
-        for observer in self.observers:
-            observer.row(row)
-
-    def sync(self) -> None:
-        if self.metrics is not None:
-            self.metrics.sync()
-
-    def close(self) -> None:
-        self.progress.close()
-        if self.metrics is not None:
-            self.metrics.close()
-        for observer in self.observers:
-            observer.close()
-
-
 def load_parameters(model: nn.Module, weights: dict[str, mx.array], where: str) -> None:
     """Set every parameter of `model`; ``UserError`` when names or shapes differ."""
     own = {name: value.shape for name, value in named_parameters(model).items()}
@@ -482,23 +438,3 @@ def _set(model: nn.Module, parameters: Mapping[str, mx.array]) -> None:
 def _some(names: Sequence[str], most: int) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
-
-
-@contextmanager
-def _signals(stop: threading.Event) -> Iterator[None]:
-    """SIGINT and SIGTERM set `stop` (finish the step, save); a second one interrupts at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
-    before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
