@@ -221,6 +221,8 @@ def _check_writable(args: argparse.Namespace) -> None:
     for path in (args.json, args.bad, None if args.no_sheet else args.sheet):
         if path is not None:
             _check_folder(path)
+            if path.is_symlink() or (path.exists() and not path.is_file()):  # it would be replaced
+                raise UserError(f"{path}: expected a file, got a link or a device; name another")
             _check_outside(path, args.data)
 
 

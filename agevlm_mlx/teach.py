@@ -35,7 +35,7 @@ from .sam.progress import Progress
 from .sam.protocol import Teacher
 from .sam.room import check_free, check_space, disk, forecast, megabytes
 from .sam.store import Store, StoreMeta, StoreWriter
-from .sam.writer import BAD_RECORDS, FLUSH_SECONDS
+from .sam.writer import BAD_RECORDS, FLUSH_SECONDS, SHARD_BYTES
 
 EXAMPLES = """
 examples:
@@ -206,16 +206,19 @@ def teach(
             batch_size=teacher.batch_size,
         )
         bad = _BadRecords(out / BAD_RECORDS, [*problems, *jobs.problems])
-        progress, empty = Progress(len(plan.todo)), 0
+        progress, done, empty = Progress(len(plan.todo)), 0, 0
         try:
             with contextlib.closing(results), bad:
-                for done, result in enumerate(results, start=1):
+                for result in results:
                     if isinstance(result, Labelled):
                         writer.add(**vars(result))
                         empty += int((result.iou == 0).sum()) if make.automatic else 0
+                        done += 1
+                        progress.show(done)
                     else:
                         bad.add(result)
-                    progress.show(done)
+                if done < len(plan.todo):
+                    progress.show(len(plan.todo))  # with the images that were left out
         except KeyboardInterrupt:
             print(f"\n{out}: run the same command again to continue", file=sys.stderr)
             raise
@@ -249,7 +252,10 @@ def verify(out: Path, data: Path | None) -> int:
 
 def merge(parts: Sequence[Path], out: Path) -> int:
     """Put the images of several stores into one. ``UserError`` if they do not fit together."""
-    check_free(out, sum(disk(part) for part in parts if part.is_dir()))
+    size = sum(disk(part) for part in parts if part.is_dir())
+    # What an earlier try has put there is not needed again; a shard's images are in the tail, too.
+    held = disk(out) if out.is_dir() else 0
+    check_free(out, max(size - held, 0) + min(size, SHARD_BYTES))
     images = merge_stores(parts, out, Progress(0, "images merged", brief=True).show_of)
     lists = [path for path in (folder / BAD_RECORDS for folder in (out, *parts)) if path.exists()]
     problems = dict.fromkeys(problem for path in lists for problem in read_problems(path))

@@ -1,15 +1,20 @@
 """`agevlm train`: train a model from a recipe."""
 
 import argparse
+import contextlib
+import io
 import json
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 from . import atomic, config, malloc, watch
 from .errors import UserError, command
 from .training import checkpoint, preview, toml, trackers
 from .training.build import Job, export, prepare
-from .training.observers import Observer
+from .training.observers import Lasting, Observer
 from .training.ranks import GO_ON, LOST, LostRanks, Ranks
 from .training.rules import named_parameters
 from .training.stages import Recipe, read_recipe, shipped_recipes
@@ -60,9 +65,12 @@ def main(argv: list[str] | None = None) -> int:
     malloc.keep_freed()
     ranks = Ranks.start()
     try:
-        status = _run(args, ranks)
+        with contextlib.redirect_stdout(cast(io.TextIOBase, Lasting(sys.stdout))):
+            status = _run(args, ranks)
     except LostRanks as error:
-        raise UserError(f"{LOST} ({error}); {GO_ON}") from None
+        print(f"error: {LOST} ({error}); {GO_ON}", file=sys.stderr, flush=True)
+        # MLX's threads of a broken ring cannot be ended in order.
+        os._exit(2)
     ranks.goodbye()
     return status
 
@@ -84,9 +92,19 @@ def _run(args: argparse.Namespace, ranks: Ranks) -> int:
     if ranks.size > 1:
         say(f"{ranks.size} processes train together")
     job = prepare(recipe, args.resume, say, ranks=ranks)
-    with ranks.together():
-        if ranks.first and args.resume is None:
-            _start(run, job)
+    with contextlib.ExitStack() as held:
+        with ranks.together():
+            if ranks.first:
+                held.enter_context(checkpoint.alone(run))
+                if args.resume is None:
+                    _start(run, job)
+        return _train(args, job, run, ranks, say)
+
+
+def _train(
+    args: argparse.Namespace, job: Job, run: Path, ranks: Ranks, say: Callable[..., None]
+) -> int:
+    recipe = job.recipe
     with ranks.together():
         saved = checkpoint.load(run) if ranks.first else None
         step = saved.step if saved else 0
@@ -148,7 +166,7 @@ def _check_folder(run: Path, overwrite: bool) -> None:
     """``UserError`` unless a new run may be written to `run`."""
     if run.exists() and not run.is_dir():
         raise UserError(f"{run}: expected a folder for the run, found a file; choose another --out")
-    if not run.is_dir() or not any(run.iterdir()):
+    if not run.is_dir() or not any(path.name != checkpoint.LOCK for path in run.iterdir()):
         return
     if not overwrite:
         raise UserError(

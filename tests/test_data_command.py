@@ -433,3 +433,25 @@ def test_help_shows_examples(command, capsys):
         main([command, "--help"])
     assert left.value.code == 0
     assert f"agevlm data {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ["--json", "--bad", "--sheet"])
+def test_check_writes_nothing_into_the_data(write, tmp_path, capsys, option):
+    path = write(item(1, "a.png"))
+    before = path.read_bytes()
+    (tmp_path / "link").symlink_to(tmp_path / "there.json")
+    inside, data = str(tmp_path / "sub" / "x.jsonl"), str(path)
+    (tmp_path / "sub").mkdir()
+    for target, of in ((inside, str(tmp_path)), (data, data), (str(tmp_path / "link"), data)):
+        assert main(["check", of, "--fast", option, target]) == 2
+        assert "Traceback" not in (said := capsys.readouterr().err)
+        assert "expected a file" in said
+    assert path.read_bytes() == before
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_check_may_write_what_is_no_data_into_the_folder(write, tmp_path, capsys):
+    write(item(1, "a.png"))
+    bad, sheet = str(tmp_path / "bad_records.jsonl"), str(tmp_path / "data-check.png")
+    for _ in range(2):
+        assert main(["check", str(tmp_path), "--fast", "--bad", bad, "--sheet", sheet]) == 0

@@ -74,7 +74,8 @@ class Batches:
     bucket: so many batches' images are sorted by the length of their texts, see `Order`. pack:
     all texts of an image in as few rows as they fit into, as one group. on_error: what
     becomes of an image or record that cannot be used: a ``UserError`` (``stop``), or the next
-    usable one of the order takes its place (``skip``), the same whenever the step is made.
+    usable one of the order takes its place (``skip``), the same whenever the step is made. A text
+    of more than `max_tokens` cannot be used.
     """
 
     def __init__(
@@ -92,10 +93,12 @@ class Batches:
         bucket: int = 0,
         pack: bool = False,
         on_error: Literal["stop", "skip"] = "stop",
+        max_tokens: int | None = None,
     ) -> None:
         self.records, self.tokenizer, self.preprocessor = records, tokenizer, preprocessor
         self.batch_size, self.groups, self.seed = batch_size, tuple(groups), seed
         self.flip, self.pack, self.on_error = flip, pack, on_error
+        self.max_tokens = max_tokens
         self._cells = grid[0] * grid[1]
         self._guidance = Guidance(store, records.root, grid)
         #: For each group the numbers of its kinds, in the order in which they are drawn from.
@@ -243,6 +246,11 @@ class Batches:
                 return encode(self.tokenizer, record.turns, bare)
 
         encoded = self._encoded.get((record.turns, bare), tokenize, _size)
+        if self.max_tokens and len(encoded.ids) > self.max_tokens:
+            raise UserError(
+                f"expected a text of at most {self.max_tokens:,} tokens (data.max_tokens), "
+                f"got {len(encoded.ids):,}"
+            )
         last = len(encoded.ids) - 1  # is predicted, but predicts nothing
         guided: list[tuple[int, np.ndarray]] = []
         for phrase, span in zip(record.phrases, encoded.spans, strict=True):

@@ -182,7 +182,7 @@ def _render(tokenizer: Any, turns: Sequence[Turn], add_generation_prompt: bool) 
         return fast.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=add_generation_prompt
         )
-    except TemplateError as error:
+    except (TemplateError, ValueError, TypeError, KeyError) as error:
         roles = ", ".join(turn.role for turn in turns) or "no turn"
         raise UserError(
             f"tokenizer: its chat template refuses a conversation of {roles}: {error}"

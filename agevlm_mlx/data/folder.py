@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from .records import CAPTION_PROMPT, Problem, Record, Turn, inside
-from .table_records import SPLITS, Columns
+from .table_records import Columns, split_of
 from .tables import damage, rows
 
 #: What ``agevlm data check`` draws where it is called: not one of the pictures.
@@ -72,8 +72,8 @@ def _folders(path: Path) -> Iterator[tuple[Path, list[str]]]:
     for place, below, names in os.walk(path):
         here = Path(place)
         below[:] = sorted(n for n in below if not n.startswith(".") and n != "__MACOSX")
-        if here == path and "train" in below:
-            below[:] = [n for n in below if n not in SPLITS or n == "train"]
+        if here == path and "train" in map(split_of, below):
+            below[:] = [n for n in below if split_of(n) in ("", "train")]
         yield here, sorted(n for n in names if not n.startswith(".") and n != REPORT)
 
 

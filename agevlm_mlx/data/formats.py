@@ -1,9 +1,10 @@
 """The data formats that are not files of records: who finds them, and who reads them.
 
 A reader is ``read_x(path) -> Iterator[Record | Problem]``. It yields a `Problem` for what is
-wrong with one record, may yield `TextOnly` for one that has no image, and raises ``UserError`` where nothing can be read at all. It need not ask
-whether an image exists, is excluded or a phrase is in its text: `record_set.read_records` does,
-which also keeps what it yields on disk. Numbers in records are Python's own, not numpy's.
+wrong with one record, may yield `TextOnly` for one that has no image, and raises ``UserError``
+where nothing can be read at all. It need not ask whether an image exists, is excluded or a phrase
+is in its text: `record_set.read_records` does, which also keeps what it yields on disk. Numbers in
+records are Python's own, not numpy's.
 """
 
 from collections.abc import Callable, Iterable

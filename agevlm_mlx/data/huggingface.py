@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import UserError
 from .columnar import Damaged, arrow_rows, parquet_rows, stored
 from .records import Problem, Record, TextOnly, inside
-from .table_records import SPLITS, Columns
+from .table_records import Columns, split_of
 
 _ENDINGS = (".parquet", ".arrow")
 #: Bytes of a state.json.
@@ -83,7 +83,7 @@ def _of_training(root: Path, found: list[Path]) -> list[Path]:
 def _split(path: Path) -> str:
     """The split that a path is of: a whole word of it, the last one."""
     words = re.split(r"[^a-zA-Z]+", path.as_posix())
-    return next((word for word in reversed(words) if word in SPLITS), "")
+    return next((split for word in reversed(words) if (split := split_of(word))), "")
 
 
 def read_huggingface(path: Path) -> Iterator[Record | Problem | TextOnly]:

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
 
 from ..errors import UserError
 from ..sam.targets import MAX_PIXELS, rle_decode, rle_encode
@@ -12,6 +11,8 @@ from .records import numbers
 
 #: A corner of an outline is at most so far from the picture, in pixels.
 _FAR = 1e6
+#: Edges crossed by rows at a time.
+_CROSSINGS = 1 << 20
 Box = tuple[float, float, float, float]
 
 
@@ -99,17 +100,49 @@ def union(
 
 
 def _rectangle(box: Box) -> list[float]:
-    # Whole pixels that the box touches: a polygon's last row and column belong to it.
-    x0, y0, x1, y1 = int(box[0]), int(box[1]), int(np.ceil(box[2])) - 1, int(np.ceil(box[3])) - 1
+    # Whole pixels that the box touches.
+    x0, y0, x1, y1 = int(box[0]), int(box[1]), int(np.ceil(box[2])), int(np.ceil(box[3]))
     return [x0, y0, x1, y0, x1, y1, x0, y1]
 
 
 def _drawn(polygons: Iterable[Any], width: int, height: int) -> np.ndarray:
-    canvas = Image.new("L", (width, height))
-    draw = ImageDraw.Draw(canvas)
+    """bool [height width] of the pixels whose middle is in a polygon; one that overlaps itself
+    has holes there. As pycocotools counts them, but for rounding on the border."""
+    inside = np.zeros((height, width), np.bool_)
     for polygon in polygons:
-        draw.polygon([float(v) for v in polygon], fill=1)
-    return np.frombuffer(canvas.tobytes(), np.bool_).reshape(height, width)
+        corners = np.array(polygon, np.float64).reshape(-1, 2)
+        if not np.isfinite(corners).all():
+            raise ValueError("expected finite corners")
+        # Of those columns and rows is the part of the picture that has to be looked at.
+        (left, top), (right, bottom) = (
+            np.clip(np.ceil(end - 0.5), 0, (width, height)).astype(int)
+            for end in (corners.min(axis=0), corners.max(axis=0))
+        )
+        part = inside[top:bottom, left:right]
+        if part.size:
+            part |= _filled(corners - (left, top), right - left, bottom - top)
+    return inside
+
+
+def _filled(corners: np.ndarray, width: int, height: int) -> np.ndarray:
+    """The same of one polygon, f64 [corners 2]: a row changes sides where it crosses an edge."""
+    ends = np.roll(corners, -1, axis=0)
+    upper, lower = np.minimum(corners, ends)[:, 1], np.maximum(corners, ends)[:, 1]
+    first, last = (np.clip(np.ceil(y - 0.5), 0, height).astype(int) for y in (upper, lower))
+    crossed = last - first
+    changes = np.zeros((height, width + 1), np.bool_)
+    # Some edges at a time: many long ones cross more rows than there is memory for.
+    for some in np.array_split(np.arange(len(corners)), 1 + int(crossed.sum()) // _CROSSINGS):
+        edge = np.repeat(some, crossed[some])
+        rows = np.arange(edge.size) - np.repeat(
+            np.cumsum(crossed[some]) - crossed[some], crossed[some]
+        )
+        rows += first[edge]
+        (x0, y0), (x1, y1) = corners[edge].T, ends[edge].T
+        x = x0 + (rows + 0.5 - y0) * (x1 - x0) / (y1 - y0)
+        columns = np.clip(np.ceil(x - 0.5), 0, width).astype(int)
+        np.logical_xor.at(changes, (rows, columns), True)
+    return np.logical_xor.accumulate(changes[:, :width], axis=1)
 
 
 def instance_mask(item: Mapping[str, Any], size: tuple[int, int], where: str) -> np.ndarray:

@@ -101,7 +101,7 @@ class Problem:
 
     def error(self) -> UserError:
         """The error that stops whoever does not leave bad records out."""
-        return UserError(f"{self.where}: {self.problem}")
+        return UserError(" ".join(f"{self.where}: {self.problem}".split()))
 
 
 def image_name(item: Any, where: str) -> str | None:
@@ -145,6 +145,9 @@ def parse_record(
     turns = tuple(_turn(m, where, exact) for m in messages)
     if not any(turn.role == "assistant" for turn in turns):
         raise UserError(f"{where}: the conversation has no answer to learn from")
+    roles = [turn.role for turn in turns]
+    if "user" not in roles[: roles.index("assistant")]:  # templates refuse it, or rewrite it
+        raise UserError(f"{where}: expected a message of the user before the first answer")
     listed = item.get("phrases", [])
     if not isinstance(listed, list):
         raise UserError(f"{where}: expected a list in 'phrases', got {type(listed).__name__}")

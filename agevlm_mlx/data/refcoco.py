@@ -15,7 +15,7 @@ whether the thing is there would be answered with yes each time, and teach that.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,14 +83,28 @@ def _pictures(path: Path) -> tuple[Path, Path]:
 def read_refcoco(path: Path) -> Iterator[Record | Problem]:
     """The training phrases of all datasets of a folder, or of one refs(...).p.
 
+    Of several datasets none trains on the pictures that another one validates or tests with.
+
     Raises: ``UserError`` for files that are not RefCOCO's.
     """
     _, images = _pictures(path)
-    for refs in _refs(path):
-        yield from _read(refs, images)
+    found = _refs(path)
+    unseen = {refs: set(_unseen(refs)) for refs in found} if len(found) > 1 else {}
+    for refs in found:
+        others = (pictures for other, pictures in unseen.items() if other != refs)
+        yield from _read(refs, images, set().union(*others))
 
 
-def _read(path: Path, images: Path) -> Iterator[Record | Problem]:
+def _unseen(path: Path) -> Iterator[int]:
+    """The ids of the pictures of a dataset's other splits than training's."""
+    refs = read_pickle(path)
+    for ref in refs if isinstance(refs, list) else []:
+        held_out = isinstance(ref, dict) and ref.get("split") != "train"
+        if held_out and type(ref.get("image_id")) is int:
+            yield ref["image_id"]
+
+
+def _read(path: Path, images: Path, unseen: Container[int]) -> Iterator[Record | Problem]:
     refs = read_pickle(path)
     if not isinstance(refs, list):
         raise UserError(f"{path}: expected a pickle of a list, got {type(refs).__name__}")
@@ -103,7 +117,7 @@ def _read(path: Path, images: Path) -> Iterator[Record | Problem]:
             yield Problem(where, f"expected {', '.join(fields)}, got {ref!r:.60}")
             continue
         splits.add(ref["split"])
-        if ref["split"] == "train":
+        if ref["split"] == "train" and ref["image_id"] not in unseen:
             train.append((number, ref))
     if not train and refs:
         found = ", ".join(sorted(splits)) or "no split"

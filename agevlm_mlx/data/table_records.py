@@ -13,6 +13,7 @@ Lists of turns and of answers may be stored turned around, as ``datasets.Sequenc
 list for each key. Where a column ``split`` says what a row is for, only those of training are read.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,8 +25,20 @@ from .exclude import NAMES, names_in
 from .records import CAPTION_PROMPT, Problem, Record, parse_record
 from .tables import damage
 
-#: What splits are called in names of files and folders.
-SPLITS = ("train", "val", "valid", "validation", "dev", "test", "testA", "testB")
+#: What splits are called in names of files and folders, in whatever case.
+_SPLITS = (
+    "train",
+    "val",
+    "valid",
+    "validation",
+    "dev",
+    "eval",
+    "evaluation",
+    "test",
+    "testing",
+    "testa",
+    "testb",
+)
 IMAGE = ("image", "images", "img", "picture", "jpg", "png")
 _CHAT = ("conversations", "messages", "conversation")
 _PAIRS = ("texts",)
@@ -36,6 +49,14 @@ NEEDS = (
     "a column for the picture (image, images) and one for what is said: conversations or messages, "
     "texts, question and answer, or caption or text"
 )
+
+
+def split_of(name: str) -> str:
+    """The split that a word or folder like Test or val2017 stands for, "" for none."""
+    letters = re.sub(r"[^a-z]", "", name.lower())
+    if letters == "training":
+        return "train"
+    return letters if letters in _SPLITS else ""
 
 
 @dataclass(frozen=True)
@@ -74,9 +95,7 @@ class Columns:
                 extra = {name: known[name] for name in _EXTRA if name in known}
                 named = {name: known[name] for name in NAMES if name in known}
                 named = {name: column for name, column in named.items() if column != picture}
-                return cls(
-                    picture, form, tuple(map(str, said)), extra, named, known.get("split")
-                )
+                return cls(picture, form, tuple(map(str, said)), extra, named, known.get("split"))
         needs = NEEDS.replace("image, images", image) if image else NEEDS
         got = ", ".join(map(str, names[:12])) or "none"
         raise UserError(f"{where}: expected {needs}; got {got}")
@@ -103,7 +122,7 @@ class Columns:
         Raises: ``UserError``, beginning with `where`, for a row that says nothing of use.
         """
         split = row.get(self.split) if self.split else None
-        if split in SPLITS and split != "train":
+        if isinstance(split, str) and split_of(split) not in ("", "train"):
             return
         item = {name: row.get(column) for name, column in self.extra.items()}
         item = {name: value for name, value in item.items() if value is not None}

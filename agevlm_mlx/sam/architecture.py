@@ -45,7 +45,14 @@ class Architecture:
             self.iou_head_hidden_dim,
         ]
         depths = (self.depth, self.decoder_depth)
-        if min(*sizes, *depths) < 1 or max(sizes) > 8192 or max(depths) > 256:
+        if (
+            min(*sizes, *depths) < 1
+            or max(sizes) > 8192
+            or max(depths) > 256
+            or not 0 < self.mlp_ratio <= 64
+            or not 0 <= self.window_size <= 8192
+            or not all(0 <= index < self.depth for index in self.global_attn_indexes)
+        ):
             raise UserError(f"teacher architecture: sizes out of range in {self}")
         if self.image_size % self.patch_size or self.embed_dim % self.num_heads:
             raise UserError(

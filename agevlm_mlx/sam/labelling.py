@@ -1,10 +1,12 @@
 """What `agevlm teach` does to each image: read it, ask the teacher, pool to the student's grid."""
 
+import contextlib
 import hashlib
 import itertools
 import math
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.resource_tracker
 import os
 import signal
 import threading
@@ -34,6 +36,8 @@ __all__ = ["Job", "Labelled", "Labeller", "image_key", "label_all", "pool", "rea
 T = TypeVar("T")
 #: Threads that read and decode images while the teacher works.
 READERS = 4
+#: The largest number that the store's float16 can hold.
+LARGEST = 65504.0
 #: Bytes of masks in full size, one a pixel, that are made before they are pooled.
 MASK_BYTES = 2**28
 
@@ -52,11 +56,12 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A job's image u8 [h w 3] and the SHA-256 of its file."""
+    """A job's image u8 [h w 3], the SHA-256 of its file, and prompts that were left out of it."""
 
     job: Job
     image: np.ndarray
     sha256: str
+    problems: tuple[Problem, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,8 +69,8 @@ class Labeller:
     """Runs jobs through a teacher and the student's own geometry.
 
     automatic: find masks with a grid of points, and give each phrase the one that fits it.
-    on_error: "stop" raises ``UserError`` at an image that cannot be used, "skip" gives a `Problem`
-    in its place.
+    on_error: "stop" raises ``UserError`` at an image or a prompt that cannot be used, "skip" leaves
+    it out and gives a `Problem`, of an image in its place, of a prompt before its image's labels.
     """
 
     teacher: Teacher
@@ -83,10 +88,14 @@ class Labeller:
         """Read a job's image, which needs no teacher: threads may do it."""
         try:
             image, sha256 = read_image(job.path)
-            _check_inside(job, *image.shape[:2])
         except UserError as error:
             return self._problem(job, error)
-        return Loaded(job, image, sha256)
+        wrong = dict(_wrong(job, *image.shape[:2]))
+        problems = tuple(self._problem(job, error) for error in wrong.values())
+        good = job.without(wrong)
+        if problems and not (good.keys or self.features):
+            return problems[0]
+        return Loaded(good, image, sha256, problems)
 
     def label(self, loaded: Sequence[Loaded | Problem]) -> list[Labelled | Problem]:
         """Label images that are read already, so many together as their masks allow."""
@@ -94,10 +103,17 @@ class Labeller:
 
     def _together(self, loaded: Sequence[Loaded | Problem]) -> list[Labelled | Problem]:
         good = [one for one in loaded if isinstance(one, Loaded)]
-        answers = iter(self._ask(good))
-        return [
-            one if isinstance(one, Problem) else self._pool(one, next(answers)) for one in loaded
-        ]
+        asked = [one for one in good if one.job.prompts or self.features]
+        answers = iter(self._ask(asked))
+        results: list[Labelled | Problem] = []
+        for one in loaded:
+            if isinstance(one, Problem):
+                results.append(one)
+                continue
+            none = np.zeros((0, *one.image.shape[:2]), bool), np.zeros(0, np.float32), None
+            labels = next(answers) if one.job.prompts or self.features else Labels(*none)
+            results += [*one.problems, self._pool(one, labels)]
+        return results
 
     def _ask(self, loaded: Sequence[Loaded]) -> Sequence[Labels]:
         if self.automatic is not None:
@@ -125,10 +141,15 @@ class Labeller:
         return Labels(masks, iou, look.features if self.features else None)
 
     def _pool(self, one: Loaded, labels: Labels) -> Labelled | Problem:
-        try:
-            return pool(one.job, one.image, one.sha256, labels, self.preprocessor, self.grid)
-        except UserError as error:
-            return self._problem(one.job, error)
+        labelled = pool(one.job, one.image, one.sha256, labels, self.preprocessor, self.grid)
+        numbers = [labelled.iou, *([] if labelled.features is None else [labelled.features])]
+        if all((np.abs(n) <= LARGEST).all() for n in numbers):  # also not if one is NaN
+            return labelled
+        error = UserError(
+            f"{one.job.path}: expected finite numbers up to {LARGEST:g} of the teacher, got "
+            "others; check its weights, or run it in float32"
+        )
+        return self._problem(one.job, error)
 
     def _problem(self, job: Job, error: UserError) -> Problem:
         if self.on_error == "stop":
@@ -150,15 +171,24 @@ def _fitting(loaded: Sequence[Loaded | Problem]) -> Iterator[list[Loaded | Probl
     yield group
 
 
-def _check_inside(job: Job, height: int, width: int) -> None:
-    """``UserError`` for a box or a point that leaves the image: the rule of training."""
-    for prompt in job.prompts.values():
+def _wrong(job: Job, height: int, width: int) -> Iterator[tuple[str, UserError]]:
+    """The prompts that cannot be used, and why: a box or a point that leaves the image, as in
+    training, or a mask that is none of the image's."""
+    for name, prompt in job.prompts.items():
         if prompt[-2] > width or prompt[-1] > height:
             what = "box" if len(prompt) == 4 else "point"
-            raise UserError(
-                f"{job.path}: expected a {what} inside the image of {width} x {height} pixels, "
-                f"got {list(prompt)}; it belongs to another version of the image"
+            yield (
+                name,
+                UserError(
+                    f"{job.path}: expected a {what} inside the image of {width} x {height} pixels, "
+                    f"got {list(prompt)}; it belongs to another version of the image"
+                ),
             )
+    for name, rle in job.ready.items():
+        try:
+            _ready(job, rle, height, width)
+        except UserError as error:
+            yield name, error
 
 
 def pool(
@@ -231,7 +261,8 @@ def label_all(
         queue, waiting = deque(), _batches(jobs, batch_size)
         while True:
             while len(queue) < 2 * workers and (batch := next(waiting, None)):
-                queue.append(pool.submit(_work, batch))
+                with _later_interrupts():  # a worker that this starts never sees one
+                    queue.append(pool.submit(_work, batch))
             if not queue:
                 return
             yield from queue.popleft().result()
@@ -242,6 +273,17 @@ def label_all(
         ) from None
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _later_interrupts() -> Iterator[None]:
+    """Let Ctrl-C wait here, and for ever in processes that are started meanwhile."""
+    multiprocessing.resource_tracker.ensure_running()  # it would unblock them
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:

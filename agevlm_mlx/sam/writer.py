@@ -64,8 +64,14 @@ class StoreWriter:
         self._rows: list[Row] = []
         self._nbytes = self._masks = self._sealed = self._pending = 0
         self._tail: TailWriter | None = None
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.path / _LOCK).open("w")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / _LOCK).open("w")
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: expected a folder to write to, got: {error.strerror}; choose "
+                "another --out"
+            ) from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._index, self._number = self._resume()
@@ -216,6 +222,9 @@ class StoreWriter:
             index = Index.empty(self.meta)
         else:
             index = read_index(self.path)
+            if not index.shards and current_tail(self.path, []) is None:
+                index = Index.empty(self.meta)  # a run that stored nothing binds nobody
+                index.write(self.path)
         difference = index.meta.difference(self.meta)
         if difference:
             raise UserError(

@@ -75,12 +75,18 @@ class Job:
             bucket=data.bucket,
             pack=stage.pack,
             on_error=data.on_error,
+            max_tokens=data.max_tokens,
         )
 
     def validation(self) -> Iterator[Batch]:
         """The same batches at every call: `val_images` images with the texts of all stages."""
         batches, count = self._validation
         return (batches.batch(step) for step in range(math.ceil(count / batches.batch_size)))
+
+    @cached_property
+    def data(self) -> list[int]:
+        """What a run to be resumed has to have been trained on; see `_signature`."""
+        return _signature(self.records)
 
     @cached_property
     def _validation(self) -> tuple[Batches, int]:
@@ -187,10 +193,15 @@ def _downloaded(recipe: Recipe, ranks: Ranks) -> Recipe:
     return replace(recipe, data=replace(recipe.data, **found)) if found else recipe
 
 
+def _signature(records: Records) -> list[int]:
+    """Records, images, and a sum of their names: equal for equal data."""
+    names = "\n".join([*records.kinds, *(image.name for image in records.images)])
+    return [len(records), len(records.images), zlib.crc32(names.encode())]
+
+
 def _check_same(ranks: Ranks, records: Records) -> None:
     """``UserError`` unless every process reads what rank 0 reads."""
-    names = "\n".join([*records.kinds, *(image.name for image in records.images)])
-    own = [len(records), len(records.images), zlib.crc32(names.encode())]
+    own = _signature(records)
     wanted = ranks.share(own)
     with ranks.together():
         if own != wanted:

@@ -13,6 +13,7 @@ holds the SHA-256 of the other files, so damage is noticed and an older checkpoi
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -39,7 +40,13 @@ RUN_FILES = (
     "pictures",
     "trackers",
     "adapters",
+    # Of a finished model: without these the folder is none, whatever becomes of the new run.
+    "config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
 )
+#: Held as long as a process trains in the folder; the system lets go of a dead one's.
+LOCK = ".lock"
 _FILES = ("model.safetensors", "optimizer.safetensors")
 
 
@@ -133,6 +140,24 @@ def load_step(run: Path, step: int) -> Checkpoint:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"{folder}: damaged checkpoint ({error})") from None
     return Checkpoint(step, tensors[_FILES[0]], tensors[_FILES[1]], state)
+
+
+@contextlib.contextmanager
+def alone(run: Path) -> Iterator[None]:
+    """The run's folder for this process only; ``UserError`` if another one trains in it."""
+    run.mkdir(parents=True, exist_ok=True)
+    path = run / LOCK
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{run}: another process trains in this folder; wait for it, or choose --out"
+            ) from None
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def clear(run: Path) -> None:

@@ -50,9 +50,11 @@ class Labelling:
         if not self._complete(path, wanted):
             if not self.recipe.data.teach:
                 command = shlex.join(self._command(path, data, features)[1:])
+                advice = f"run `python {command}`, or set data.teach=true"
+                if (path / INDEX).is_file() and Store(path).meta.prompt.startswith("auto"):
+                    advice = "run `agevlm teach` on it again, with the flags that made the store"
                 raise UserError(
-                    f"data.{key}: {path} does not hold labels for all images of {data}; run "
-                    f"`python {command}`, or set data.teach=true"
+                    f"data.{key}: {path} does not hold labels for all images of {data}; {advice}"
                 )
             if not self.teach:
                 self.say(f"data.{key}: {path} will be made by `agevlm teach`; unguided until then")
@@ -115,6 +117,8 @@ class Labelling:
         else:
             command.append(f"--preprocessing={json.dumps(own.to_dict())}")
         command.append(f"--grid={self.grid[0]}x{self.grid[1]}")
+        if (path / INDEX).is_file() and Store(path).meta.prompt == "point":
+            command.append("--prompt=point")
         if self.recipe.data.on_error == "skip":
             command.append("--on-error=skip")
         return [*command, "--features"] if features else command

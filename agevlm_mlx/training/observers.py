@@ -1,11 +1,13 @@
 """Who hears of a run as it goes on, and how a person asks it to stop."""
 
+import errno
+import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from ..models.agevlm import AgeVLM
 from .log import Metrics, Progress
@@ -53,9 +55,41 @@ class Tell:
             observer.close()
 
 
+class Lasting:
+    """A stream that training outlives: when nobody reads it any more, it says nothing more."""
+
+    def __init__(self, stream: IO[str]):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """As the stream does."""
+        with self._silenced():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """As the stream does."""
+        with self._silenced():
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    @contextmanager
+    def _silenced(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:  # a reader that has left, a terminal that is closed
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            # In its place, so that what is buffered ends there, too.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+
 @contextmanager
 def finish_the_step(stop: threading.Event) -> Iterator[None]:
-    """SIGINT and SIGTERM set `stop` (finish the step, save); a second one interrupts at once."""
+    """SIGINT, SIGTERM and a closed terminal (SIGHUP) set `stop`: finish the step, save. A second
+    one interrupts at once; what is ignored (nohup) stays ignored."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -65,7 +99,9 @@ def finish_the_step(stop: threading.Event) -> Iterator[None]:
             raise KeyboardInterrupt
         stop.set()
 
-    before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    asked = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    heard = [s for s in asked if signal.getsignal(s) is not signal.SIG_IGN]
+    before = {s: signal.signal(s, handle) for s in heard}
     try:
         yield
     finally:

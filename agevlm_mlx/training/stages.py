@@ -161,12 +161,15 @@ class DataSpec:
     exclude: tuple[str, ...] = ("pope",)
     #: Batches of a window within which images are sorted by the length of their texts; 0 is off.
     bucket: int = 16
+    #: A longer text is a bad record: one of a whole book would fill the memory.
+    max_tokens: int = 2048
     #: Threads that decode and tokenise ahead of the step, and how many batches they may be ahead.
     workers: int = 2
     prefetch: int = 4
 
     def __post_init__(self) -> None:
         _at_least("data", "bucket", self.bucket, 0)
+        _at_least("data", "max_tokens", self.max_tokens, 1)
         _at_least("data", "workers", self.workers, 1)
         _at_least("data", "prefetch", self.prefetch, 1)
 

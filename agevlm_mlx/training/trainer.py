@@ -29,7 +29,7 @@ from .log import Metrics, Progress
 from .objective import PARTS, Totals, loss_and_gradients, place, validate
 from .observers import Observer, Tell, finish_the_step
 from .optim import global_norm, learning_rate, make_optimizer
-from .ranks import GO_ON, LOST, LostRanks, Ranks
+from .ranks import LostRanks, Ranks
 from .rules import named_parameters, parameter_scales, set_trainable
 from .stages import Stage, compute_dtype
 
@@ -77,6 +77,7 @@ class Trainer:
         self.skipped = 0
         self._in_a_row = 0
         self._saved = 0
+        self._saving = threading.Lock()
         self._stop = threading.Event()
         self._agreed_to_stop = False
         self._observers = observers if self.ranks.first else ()
@@ -91,6 +92,12 @@ class Trainer:
             raise UserError(
                 f"{self.run}: the recipe is not the one this run was started with; resume without "
                 "overrides of the model, data, stages or seed, or start a new run with --out"
+            )
+        if known.get("data", self.job.data) != self.job.data:
+            raise UserError(
+                f"{self.run}: the data is not what this run was started with (records, images and "
+                f"a sum of names: {known['data']}, now {self.job.data}); put it back, or start a "
+                "new run with --out"
             )
         model = self.ranks.share_arrays(saved.model if saved else {})
         state = self.ranks.share_arrays(saved.optimizer if saved else {})
@@ -141,9 +148,9 @@ class Trainer:
         except UserError:
             self._save_unsaved()
             raise
-        except LostRanks as error:
+        except LostRanks:
             self._save_unsaved()
-            raise UserError(f"{LOST} ({error}); {GO_ON}") from None
+            raise
         except OSError as error:
             if error.errno not in NO_ROOM:
                 raise
@@ -390,14 +397,15 @@ class Trainer:
 
     def _save_unsaved(self) -> None:
         """Write a checkpoint of the current step unless there is one, or nothing to go on from."""
-        finite = all(mx.isfinite(value).all().item() for value in self._all().values())
-        if self._saved != self.step and finite:
-            self._save()
+        with self._saving:  # the thread that waits for lost processes saves, too
+            finite = all(mx.isfinite(value).all().item() for value in self._all().values())
+            if self._saved != self.step and finite:
+                self._save()
 
     def _save(self) -> None:
         """Write a checkpoint of the current step; the rows it relies on reach the disk first."""
-        self._saved = self.step
         if not self.ranks.first:
+            self._saved = self.step
             return
         self._tell.sync()
         state = {
@@ -408,6 +416,7 @@ class Trainer:
             "stale": self.stale,
             "skipped": self.skipped,
             "ranks": self.ranks.size,
+            "data": self.job.data,
         }
         mean = self.average.state if self.average is not None else {}
         checkpoint.save(
@@ -419,6 +428,7 @@ class Trainer:
             keep=self.recipe.train.keep,
             best=self.best["step"] if self.best else None,
         )
+        self._saved = self.step
 
 
 def load_parameters(model: nn.Module, weights: dict[str, mx.array], where: str) -> None:

@@ -391,12 +391,25 @@ def test_flip_mirrors_pixels_and_targets_together(masked: Records, micro: Any) -
 def test_targets_come_from_the_store_by_box_or_point(one: Record, micro: Any) -> None:
     coverage = np.linspace(0, 0.5, 16, dtype=np.float32)
     for fields in ({"box": (1, 2, 9, 8)}, {"point": (3.5, 4.0)}):
-        record = with_phrase(one, **fields)
+        record = with_phrase(one, mask=None, **fields)
         (where,) = fields.values()
         store = Shelf({f"1.png {prompt_key(where)}": coverage})
         (group,) = draw([record], micro, CAPTION, batch_size=1, store=store).batch(0).groups
         assert group.weight.sum() == 2
         np.testing.assert_array_equal(group.target[:2], np.stack([coverage, coverage]))
+
+
+def test_a_phrases_own_mask_goes_before_the_one_of_its_box_in_the_store(
+    one: Record, micro: Any
+) -> None:
+    box = (1, 2, 9, 8)  # which two phrases may have, each with its own mask
+    store = Shelf({f"1.png {prompt_key(box)}": np.linspace(0, 0.5, 16, dtype=np.float32)})
+    record = with_phrase(one, box=box)
+    assert record.phrases[0].mask is not None
+    (group,) = draw([record], micro, CAPTION, batch_size=1, store=store).batch(0).groups
+    (own,) = draw([record], micro, CAPTION, batch_size=1).batch(0).groups
+    assert group.weight.sum() == 2
+    np.testing.assert_array_equal(group.target, own.target)
 
 
 def test_image_keys_start_at_the_data_folder(records: Records, micro: Any) -> None:
@@ -412,7 +425,7 @@ def test_image_keys_start_at_the_data_folder(records: Records, micro: Any) -> No
 
 
 def test_a_phrase_that_the_store_lacks_is_named(one: Record, micro: Any) -> None:
-    record = with_phrase(one, box=(1, 2, 9, 8))
+    record = with_phrase(one, box=(1, 2, 9, 8), mask=None)
     batches = draw([record], micro, CAPTION, batch_size=1, store=Shelf({}))
     with pytest.raises(UserError, match=r"record 7-a: .*'dog' in 1\.png; run `agevlm teach`"):
         batches.batch(0)

@@ -263,3 +263,13 @@ def test_a_template_that_does_not_fit_is_named(
     with pytest.raises(UserError, match=message) as caught:
         encode(tokenizer, conversation("Is there a dog?", "Yes", "Big?", "No"), ())
     assert "\n" not in str(caught.value)
+
+
+def test_what_no_template_takes_is_one_line(micro: Any) -> None:
+    with pytest.raises(UserError, match="refuses a conversation of no turn"):
+        encode(micro, [Turn("assistant", "Yes")], [])
+
+
+def test_a_system_message_is_taken(micro: Any) -> None:
+    turns = [Turn("system", "Be brief."), Turn("user", "A dog?"), Turn("assistant", "Yes")]
+    assert "Be brief." in micro.decode(encode(micro, turns, []).ids)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from agevlm_mlx.data import coco_nouns
 from agevlm_mlx.data.coco import read_coco
@@ -93,7 +93,7 @@ def thing(category: int, x: int, y: int, w: int, h: int, form: str = "polygon") 
     mask = np.zeros((10, 20), bool)
     mask[y : y + h, x : x + w] = True
     segmentation = {
-        "polygon": [[x, y, x + w - 1, y, x + w - 1, y + h - 1, x, y + h - 1]],
+        "polygon": [[x, y, x + w, y, x + w, y + h, x, y + h]],
         "rle": rle_encode(mask, compressed=False),
         "compressed": rle_encode(mask),
     }[form]
@@ -114,14 +114,34 @@ def test_coco_masks_in_every_form(folder: Path, form: str) -> None:
 
 
 def test_coco_polygons_follow_their_corners(folder: Path) -> None:
-    triangle = {**thing(1, 0, 0, 20, 10), "segmentation": [[0, 0, 19, 0, 0, 9], [15, 8, 19, 8]]}
+    outlines = [[0, 0, 19.4, 0, 0, 9.7], [15, 8, 19, 8], [-5, 8.6, 3, 8.6, 3, 50, -5, 50]]
+    triangle = {**thing(1, 0, 0, 20, 10), "segmentation": outlines}
     (record,) = coco(folder, "A dog.", triangle)
-    picture = Image.new("1", (20, 10))
-    ImageDraw.Draw(picture).polygon([0, 0, 19, 0, 0, 9], fill=1)
     assert record.phrases[0].mask is not None
     mask = rle_decode(record.phrases[0].mask)
-    np.testing.assert_array_equal(mask[:, :14], np.asarray(picture)[:, :14])
-    assert mask[8, 15:20].all()
+    y, x = np.indices((10, 20)) + 0.5
+    wanted = (x / 19.4 + y / 9.7 < 1) | ((x < 3) & (y > 8.6))  # the line has no pixel
+    np.testing.assert_array_equal(mask, wanted)
+
+
+def test_a_square_of_ten_pixels_has_a_hundred() -> None:
+    square = {"segmentation": [[0, 0, 10, 0, 10, 10, 0, 10]]}
+    assert instance_mask(square, (20, 30), "").sum() == 100
+    bow = {"segmentation": [[0, 0, 10, 10, 10, 0, 0, 10]]}  # crosses itself
+    assert instance_mask(bow, (20, 30), "").sum() in range(40, 61)
+
+
+def test_hyphens_of_captions_are_spaces(folder: Path) -> None:
+    (record,) = coco(folder, "A dog-house, two well-fed DOGS.", thing(1, 3, 2, 6, 4))
+    assert [p.text for p in record.phrases] == ["DOGS"]
+    nouns = coco_nouns.of_classes(["hot dog", "fire hydrant", "truck"])
+    text = "Hot-dogs, a fire-hydrant and a pick-up truck"
+    assert [(name, text[a:b]) for name, a, b in nouns.find(text)] == [
+        ("hot dog", "Hot-dogs"),
+        ("fire hydrant", "fire-hydrant"),
+        ("truck", "pick-up truck"),
+    ]
+    assert coco_nouns.ours().mentions(text) == ["truck"]  # CHAIR counts as it did
 
 
 def test_coco_words_cover_all_instances_of_their_category(folder: Path) -> None:

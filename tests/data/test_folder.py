@@ -186,3 +186,24 @@ def test_what_is_no_such_folder(tmp_path: Path) -> None:
     assert not is_folder(tmp_path)
     picture(tmp_path / "b.jpg", "A dog")
     assert is_folder(tmp_path)
+
+
+def test_names_of_columns_in_any_case(tmp_path: Path) -> None:
+    picture(tmp_path / "a.jpg")
+    (tmp_path / "metadata.csv").write_text("File_Name,Text\na.jpg,A dog\n")
+    said, records = found(tmp_path)
+    assert (said, list(captions(records).values())) == ([], ["A dog"])
+
+
+def test_the_sheet_of_a_check_is_no_picture(tmp_path: Path) -> None:
+    picture(tmp_path / "a.jpg", "A dog")
+    picture(tmp_path / "data-check.png")
+    said, records = found(tmp_path)
+    assert (said, list(captions(records))) == ([], ["a.jpg"])
+
+
+@pytest.mark.parametrize(("train", "other"), [("Train", "Test"), ("train2017", "val2017")])
+def test_splits_by_other_names(tmp_path: Path, train: str, other: str) -> None:
+    picture(tmp_path / train / "a.jpg", "A dog")
+    picture(tmp_path / other / "b.jpg", "A cat")
+    assert list(captions(found(tmp_path)[1])) == [f"{train}/a.jpg"]

@@ -17,11 +17,12 @@ from pyarrow import parquet
 
 from agevlm_mlx.data import columnar, image_files
 from agevlm_mlx.data.columnar import Values
+from agevlm_mlx.data.exclude import exclusions
 from agevlm_mlx.data.huggingface import is_huggingface, read_huggingface
 from agevlm_mlx.data.image import load_image
 from agevlm_mlx.data.image_files import image_bytes, image_exists
 from agevlm_mlx.data.record_set import read_records
-from agevlm_mlx.data.records import CAPTION_PROMPT, Problem, Record, Turn
+from agevlm_mlx.data.records import CAPTION_PROMPT, Problem, Record, TextOnly, Turn
 from agevlm_mlx.errors import UserError
 
 TURN = {"from": Value("string"), "value": Value("string")}
@@ -148,11 +149,11 @@ def test_rows_as_the_cauldron_has_them(tmp_path: Path) -> None:
     for path in (write(tmp_path / "x.parquet", dataset), tmp_path / "saved"):
         if not path.exists():
             dataset.save_to_disk(path)
+        assert TextOnly() in list(read_huggingface(path))  # row 2
         said, (only,) = found(path)
         assert [turn.text for turn in only.turns] == ["Is there a dog?", "Yes.", "And?", "No."]
         assert (only.kind, red(only.image)) == ("chat", 0)
         assert [one.split(": ", 2)[1:] for one in said] == [
-            ["row 2", "expected one picture in 'images', got 0"],
             ["row 3", "expected one picture in 'images', got 2"],
             ["row 4", "expected a list of messages in 'conversations'"],
             ["row 5", "expected text in a message, got None"],
@@ -410,3 +411,54 @@ def test_threads_that_want_the_same_row_group_read_it_once(
     with ThreadPoolExecutor(4) as pool:
         assert [v[:4] for v in pool.map(ask, range(4))] == [b"0000", b"0001", b"0002", b"0003"]
     assert groups == [0]
+
+
+@pytest.mark.parametrize(
+    ("path", "more"),
+    [
+        ("COCO_val2014_000000310196.jpg", {}),
+        (None, {"file_name": ["COCO_val2014_000000310196.jpg", "b.jpg"]}),
+        (None, {"image_id": [310196, 310197]}),
+        (None, {"coco_url": ["http://x/val2014/000000310196.jpg", "http://x/b.jpg"]}),
+    ],
+)
+def test_pictures_in_tables_are_excluded_by_their_names(
+    tmp_path: Path, path: str | None, more: dict[str, Any]
+) -> None:
+    pictures = [{"bytes": png(1), "path": path}, {"bytes": png(2), "path": "x.jpg"}]
+    file = table(tmp_path / "a.parquet", image=pictures, caption=["A", "B"], **more)
+    records = read_records(file, exclude=exclusions(["pope"]))
+    assert records.excluded == 1
+    assert [red(r.image) for r in records] == [2]
+
+
+def test_conversations_without_a_picture_are_counted(tmp_path: Path) -> None:
+    said = [[{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]] * 2
+    pictures = [{"bytes": png(1), "path": None}, None]
+    records = read_records(table(tmp_path / "a.parquet", image=pictures, conversations=said))
+    assert (len(records), records.text_only) == (1, 1)
+
+
+def test_files_of_an_earlier_save_are_not_read(tmp_path: Path) -> None:
+    made(3).save_to_disk(tmp_path / "set", num_shards=3)
+    made(2, 7).save_to_disk(tmp_path / "set", num_shards=1)
+    assert len(list((tmp_path / "set").glob("*.arrow"))) == 4
+    assert [red(r.image) for r in found(tmp_path / "set")[1]] == [7, 8]
+    state = tmp_path / "set" / "state.json"
+    for names, message in (
+        ('[{"filename": "../x.arrow"}]', "expected names of files"),
+        ('[{"filename": "gone.arrow"}]', "gone.arrow is missing"),
+    ):
+        state.write_text(f'{{"_data_files": {names}}}')
+        with pytest.raises(UserError, match=message):
+            found(tmp_path / "set")
+    state.write_text("{}")
+    assert len(found(tmp_path / "set")[1]) == 5
+
+
+def test_splits_are_known_in_any_case(tmp_path: Path) -> None:
+    write(tmp_path / "data/TEST-00000-of-00001.parquet", made(1))
+    with pytest.raises(UserError, match="expected the split train, got test; pass the path"):
+        found(tmp_path)
+    write(tmp_path / "data/Training-00000-of-00001.parquet", made(2))
+    assert len(found(tmp_path)[1]) == 2

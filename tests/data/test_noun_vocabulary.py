@@ -26,6 +26,12 @@ def test_vocabulary_is_safe_for_words_plurals_and_punctuation():
     assert nouns.mentions("") == []
 
 
+def test_hyphens_may_be_spaces():
+    nouns = NounVocabulary(["dog", "hot dog", "t-shirt"], hyphens=True)
+    said = "hot-dog hot dogs dog-house dog t-shirts T shirt"
+    assert nouns.mentions(said) == ["hot dog", "hot dog", "dog", "t-shirt", "t-shirt"]
+
+
 def test_irregular_plurals_of_any_vocabulary():
     nouns = NounVocabulary(["snowman", "wolf", "wife", "tooth", "giraffe", "box", "person", "--"])
     said = "snowmen wolves wives teeth giraffes boxes people wolf"

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from agevlm_mlx.data.exclude import exclusions
 from agevlm_mlx.data.record_set import read_records
-from agevlm_mlx.data.records import Phrase, Record, Turn, image_name, parse_record, to_json
+from agevlm_mlx.data.records import Phrase, Problem, Record, Turn, image_name, parse_record, to_json
 from agevlm_mlx.errors import UserError
 from agevlm_mlx.sam.targets import rle_decode, rle_encode
 
@@ -140,8 +141,10 @@ WRONG: list[tuple[Any, str]] = [
     ('{"a": 1' + "0" * 5000 + "}", "malformed JSON"),
     ("[" * 200_000, "malformed JSON"),
     ("[1]", "expected an object, got list"),
-    (changed(OURS, image=None), "expected the path of an image"),
-    (changed(OURS, image=""), "expected the path of an image"),
+    (changed(OURS, image=3), "expected the path of an image in 'image', got 3"),
+    (changed(OURS, image=["a", "b"]), "expected one image in 'image', got 2"),
+    (changed(OURS, image=None, images=["a", "b"]), "expected one image in 'images', got 2"),
+    (changed(OURS, image=None, images=[3]), "expected the path of an image in 'images', got 3"),
     (changed(OURS, image="images/1\0.png"), "expected the path of an image"),
     ({"id": "a"}, "expected the path of an image in 'image', got None"),
     (json.dumps(OURS)[:-9] + "\0" + json.dumps(OURS)[-9:], "malformed JSON"),
@@ -155,8 +158,16 @@ WRONG: list[tuple[Any, str]] = [
     (changed(OURS, conversations=["hello"]), "expected an object for each message"),
     (changed(OURS, conversations=OURS["conversations"][:1]), "no answer to learn from"),
     (
+        changed(OURS, conversations=OURS["conversations"][::-1]),
+        "expected a message of the user before the first answer",
+    ),
+    (
+        changed(OURS, conversations=[{"role": "system", "content": "x"}, OURS["conversations"][1]]),
+        "expected a message of the user before the first answer",
+    ),
+    (
         changed(OURS, conversations=[{"role": "robot", "content": "x"}]),
-        "expected a message from user or human or assistant or gpt, got 'robot'",
+        "expected a message from user or human or assistant or gpt or system, got 'robot'",
     ),
     (changed(OURS, conversations=[{"role": "user", "content": 3}]), "expected text in a message"),
     (changed(OURS, conversations=[{"role": "user", "content": " \n"}]), "of the user is empty"),
@@ -300,3 +311,45 @@ def test_a_text_about_image_tags_survives_the_way_to_disk_and_back() -> None:
     turns = (Turn("user", " <image>\n What is <image>? "), Turn("assistant", "A tag."))
     record = Record("1", Path("a.png"), turns)
     assert parse_record(json.loads(to_json(record)), Path("a.png"), "x", exact=True) == record
+
+
+def test_conversations_without_an_image_are_counted(folder: Path) -> None:
+    without = [changed(LLAVA, image=None), changed(LLAVA, image=""), changed(LLAVA, image=[])]
+    without.append({key: value for key, value in LLAVA.items() if key != "image"})
+    without.append(changed(LLAVA, image=None, images=[]))
+    records = read_records(write(folder / "x.jsonl", LLAVA, *without))
+    assert (len(records), records.text_only) == (1, 5)
+
+
+def test_images_with_one_entry(folder: Path) -> None:
+    plain = {key: value for key, value in LLAVA.items() if key != "image"}
+    name = LLAVA["image"]
+    both = [{**plain, "images": [name]}, {**plain, "image": [name]}]
+    records = read_records(write(folder / "x.jsonl", LLAVA, *both))
+    assert [r.image for r in records] == [records[0].image] * 3
+
+
+def test_a_conversation_may_begin_with_the_system(folder: Path) -> None:
+    said = [{"role": "system", "content": "Be brief."}, *OURS["conversations"]]
+    moved = [{**one, "turn": one["turn"] + 1} for one in OURS["phrases"]]
+    (record,) = read_records(
+        write(folder / "x.jsonl", changed(OURS, conversations=said, phrases=moved))
+    )
+    assert record.turns[0] == Turn("system", "Be brief.")
+    phrase = record.phrases[0]
+    assert record.turns[phrase.turn].text[phrase.start : phrase.end] == phrase.text
+
+
+def test_further_names_of_an_image_are_kept_and_excluded(folder: Path) -> None:
+    named = changed(OURS, image_names=["COCO_val2014_000000310196.jpg"])
+    file = write(folder / "x.jsonl", OURS, named, changed(OURS, image_names={"odd": 3}))
+    records = read_records(file)
+    assert [r.image_names for r in records] == [(), ("COCO_val2014_000000310196.jpg",), ()]
+    again = json.loads(to_json(records[1]))
+    assert parse_record(again, records[1].image, "x", exact=True) == records[1]
+    assert (len(left := read_records(file, exclude=exclusions(["pope"]))), left.excluded) == (2, 1)
+
+
+def test_a_line_end_in_an_id_leaves_one_line(folder: Path) -> None:
+    problem = Problem("a.jpg", 'the box of "dog" is outside', "a\nb")
+    assert "\n" not in str(Problem("a\nb", problem.problem).error())

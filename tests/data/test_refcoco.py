@@ -44,7 +44,7 @@ def instances(**changed: Any) -> dict[str, Any]:
     rows = [
         {
             "id": ann, "image_id": image, "category_id": 1, "bbox": [x, y, w, h + 0.0],
-            "segmentation": [[x, y, x + w - 1, y, x + w - 1, y + h - 1, x, y + h - 1]],
+            "segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]],
         }
         for ann, (image, (x, y, w, h)) in THINGS.items()
     ]  # fmt: skip
@@ -116,6 +116,16 @@ def test_a_data_folder_with_several_datasets(tmp_path: Path) -> None:
     assert records.root == tmp_path
     (only,) = read_records(tmp_path / "refcoco" / "refs(google).p")
     assert only.phrases[0].text == "google's"
+
+
+def test_test_pictures_of_one_dataset_are_not_trained_on_by_another(tmp_path: Path) -> None:
+    write(tmp_path)
+    write(tmp_path, [ref(21, "test", "dog"), ref(11, "train", "man")], "refcocog", "umd")
+    records = read_records(tmp_path / "refcoco")  # alone, it is as published
+    assert {r.image.name for r in records} == {file_name(1), file_name(2)}
+    write(tmp_path, [ref(21, "test", "dog"), ref(21, "train", "a dog")], "refcocog", "umd")
+    records = read_records(tmp_path)
+    assert [r.id for r in records] == ["refcoco-111-1", "refcoco-111-2", "refcocog-121-1"]
 
 
 def test_pictures_may_lie_below_the_dataset_itself(tmp_path: Path) -> None:

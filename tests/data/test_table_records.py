@@ -10,6 +10,8 @@ from agevlm_mlx.data.table_records import Columns
 from agevlm_mlx.errors import UserError
 
 IMAGE = Path("a.jpg")
+CAPTIONED = [CAPTION_PROMPT, "A"]
+ASKED = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A dog"}]
 
 
 def found(row: dict[str, Any]) -> list[Record | Problem]:
@@ -105,7 +107,7 @@ def test_llava_keys_of_a_table_that_fills_up_with_nothing() -> None:
         ({"messages": "x"}, "expected a list of messages"),
         ({"messages": [{"role": "user", "content": "x"}]}, "no answer to learn from"),
         (
-            {"messages": [{"role": "assistant", "content": "A dog"}], "phrases": [{"text": "cat"}]},
+            {"messages": ASKED, "phrases": [{"text": "cat"}]},
             "expected text, turn, start and end in a phrase",
         ),
     ],
@@ -118,3 +120,30 @@ def test_rows_that_say_nothing_of_use(row: dict[str, Any], message: str) -> None
     assert isinstance(problem, Problem)
     assert message in problem.problem
     assert problem.where == "t.parquet: row 1"
+
+
+def test_lists_that_are_stored_turned_around() -> None:
+    said = {"from": ["human", "gpt"], "value": ["<image>\nHi", "Hello"]}
+    assert texts({"conversations": said}) == [["Hi", "Hello"]]
+    assert texts({"texts": {"user": ["A?"], "assistant": ["B"]}}) == [["A?", "B"]]
+    answers = {"answer": ["a", "b", "b"], "answer_id": [1, 2, 3]}
+    assert texts({"question": "Q?", "answers": answers}) == [["Q?", "b"]]
+
+
+def test_rows_of_other_splits_are_passed_over() -> None:
+    assert texts({"text": "A", "split": "train"}) == [CAPTIONED]
+    assert texts({"text": "A", "split": "restval"}) == [CAPTIONED]
+    assert texts({"text": "A", "split": None}) == [CAPTIONED]
+    assert texts({"text": "A", "split": "test"}) == texts({"text": "A", "split": "val"}) == []
+
+
+def test_columns_that_name_the_picture() -> None:
+    def names(**row: Any) -> tuple[str, ...]:
+        (record,) = found({"image": b"x", "text": "A", **row})
+        assert isinstance(record, Record)
+        return record.image_names
+
+    assert names(File_Name="a.jpg", coco_url="http://x/b.jpg") == ("a.jpg", "http://x/b.jpg")
+    assert names(image_id=458752) == names(cocoid="458752") == ("000000458752",)
+    assert names(id="000000033471") == ("000000033471",)
+    assert names(id="7") == names(id=33471, image_id=None, filename="") == ()

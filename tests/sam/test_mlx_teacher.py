@@ -189,6 +189,22 @@ def test_metas_files_are_known_by_their_sizes(monkeypatch, tmp_path, hugging_fac
         MlxTeacher(file, "vit_h")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"mlp_ratio": 1e9},
+        {"mlp_ratio": -1.0},
+        {"mlp_ratio": float("nan")},
+        {"window_size": -3},
+        {"global_attn_indexes": (99,)},
+        {"global_attn_indexes": (-1,)},
+    ],
+)
+def test_sizes_out_of_range(change):
+    with pytest.raises(UserError, match="sizes out of range"):
+        Architecture(**change)
+
+
 def test_what_it_is_not_made_from(tmp_path, hugging_face):
     def refusal(checkpoint: Path, model_type: str | None = None) -> str:
         with pytest.raises(UserError) as caught:

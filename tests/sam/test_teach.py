@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from collections import namedtuple
@@ -28,7 +29,7 @@ from agevlm_mlx.sam.protocol import Candidates, Labels
 from agevlm_mlx.sam.store import Store, file_sha256
 from agevlm_mlx.sam.targets import rle_encode
 
-from .test_store import fill, old_store
+from .test_store import META, fill, old_store
 
 
 @dataclass
@@ -855,3 +856,121 @@ def test_progress_gives_hours_and_says_nothing_of_what_was_quick(capsys, monkeyp
     for done in (1, 2, 3):
         line.show(done)
     assert capsys.readouterr().err == ""
+
+
+def labeller_without_interrupts() -> Labeller:
+    """As a worker process builds it, which Ctrl-C must not reach even while it starts."""
+    assert signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    return Labeller(FakeTeacher(), Preprocessor(image_size=32), (4, 4))
+
+
+@pytest.mark.e2e
+def test_ctrl_c_waits_until_the_workers_are_started(data):
+    found = labelling.label_all(
+        Jobs(read_records(data)), labeller_without_interrupts, workers=2, batch_size=2
+    )
+    assert len(list(found)) == 10
+    with pytest.raises(KeyboardInterrupt), labelling._later_interrupts():
+        signal.raise_signal(signal.SIGINT)
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_a_store_that_cannot_be_a_folder_is_one_line(data, tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    words = ["--data", str(data), "--backend", "mlx", "--workers", "1"]
+    assert teach.main([*words, "--out", str(tmp_path / "file")]) == 2
+    error = capsys.readouterr().err
+    assert "file: expected a folder to write to, got: File exists; choose another" in error
+    assert error.count("\n") == 1
+
+
+def test_a_bad_box_or_mask_costs_the_others_of_its_picture_nothing(data, tmp_path, capsys):
+    small = rle_encode(np.ones((2, 2), dtype=bool))
+    lines = [json.loads(line) for line in (data / "data.jsonl").read_text().splitlines()]
+    lines[4]["phrases"][0]["box"] = [2, 0, 99, 20]  # one of two of image 2
+    lines[7]["phrases"][0].update(box=[1, 1, 3, 3], mask=small)  # one of two of image 3
+    for line in lines[8:10]:  # both of image 4
+        line["phrases"][0]["box"] = [2, 0, 99, 20]
+    (data / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    words = ["--data", str(data), "--out", str(tmp_path / "s"), "--backend", "mlx"]
+    words += ["--workers", "1", "--on-error", "skip"]
+    for _ in range(2):
+        assert teach.main(words) == 0
+        assert "3 left out, listed in" in capsys.readouterr().out
+        text = (tmp_path / "s/bad_records.jsonl").read_text()
+        bad = [json.loads(line) for line in text.splitlines()]
+        places = [entry["where"].rpartition("/")[2] for entry in bad]
+        assert places == ["2.png", "3.png", "4.png"]
+        assert "got [2, 0, 99, 20]" in bad[0]["problem"]
+        assert "expected masks of 20 x 40 pixels" in bad[1]["problem"]
+        store = Store(tmp_path / "s")
+        assert store.prompts("images/2.png") == ("box:2,0,22,20",)
+        assert store.prompts("images/3.png") == ("box:3,0,23,20",)
+        assert "images/4.png" not in store
+        left_out = [entry["where"] for entry in bad]
+        assert complete(store, Jobs(read_records(data)), left_out)
+        assert not complete(store, Jobs(read_records(data)))
+
+
+def test_a_store_without_images_takes_other_settings(data, tmp_path):
+    with writer.StoreWriter(tmp_path / "s", replace(META, prompt="point")):
+        pass
+    run(data, tmp_path / "s", FakeTeacher())
+    store = Store(tmp_path / "s")
+    assert (store.meta.prompt, len(store)) == ("box", 10)
+    with pytest.raises(UserError, match="another teacher"):
+        writer.StoreWriter(tmp_path / "s", META)
+
+
+def test_a_merge_that_was_stopped_needs_room_for_the_rest_only(data, tmp_path, monkeypatch):
+    run(data, tmp_path / "one", FakeTeacher())
+    words = ["--merge", str(tmp_path / "one"), "--out", str(tmp_path / "all")]
+    size = room.disk(tmp_path / "one")
+    free = namedtuple("usage", "total used free")(10**9, 10**9, int(1.5 * size))
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: free)
+    assert teach.main(words) == 2  # the images, and once more while they become a shard
+    monkeypatch.undo()
+    assert teach.main(words) == 0
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: free)
+    assert teach.main(words) == 0
+
+
+def test_pictures_whose_phrases_have_masks_are_not_shown_to_the_teacher(data, tmp_path):
+    mask = rle_encode(np.ones((20, 40), dtype=bool))
+    lines = [json.loads(line) for line in (data / "data.jsonl").read_text().splitlines()]
+    for line in lines[:14]:
+        line["phrases"][0]["mask"] = mask
+    (data / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    teacher, looking = FakeTeacher(), LookingTeacher()
+    run(data, tmp_path / "store", teacher)
+    assert [prompts for _, prompts in teacher.seen] == [[(i, 0, i + 20, 20)] for i in (7, 8, 9)]
+    run_auto(data, tmp_path / "auto", looking)
+    assert len(looking.seen) == 3
+    for store in (Store(tmp_path / "store"), Store(tmp_path / "auto")):
+        assert len(store) == 10
+        assert store.iou("images/0.png", "box:0,0,20,20") == 1
+    run(data, tmp_path / "features", whole := FakeTeacher(), features=True)
+    assert len(whole.seen) == 10
+
+
+@pytest.mark.parametrize("value", [np.nan, 1e5])
+@pytest.mark.parametrize("where", ["iou", "features"])
+def test_what_is_no_number_is_not_stored(data, tmp_path, value, where):
+    class Broken(FakeTeacher):
+        def label(self, images, prompts, *, features=False):
+            answers = super().label(images, prompts, features=features)
+            for image, answer in zip(images, answers, strict=True):
+                if image[0, 0, 0] == 3:
+                    getattr(answer, where).flat[1 if where == "features" else 0] = value
+            return answers
+
+    with pytest.raises(UserError, match=r"images/3\.png: expected finite numbers up to 65504"):
+        run(data, tmp_path / "store", Broken(), features=True)
+    preprocessor = Preprocessor(image_size=32)
+    labeller = Labeller(Broken(), preprocessor, (4, 4), True, on_error="skip")
+    make = teach.MakeLabeller(preprocessor=preprocessor, grid=(4, 4), features=True)
+    jobs = Jobs(read_records(data), every_image=True)
+    assert teach.teach(jobs, make, tmp_path / "store", labeller=labeller) == 0
+    store = Store(tmp_path / "store")
+    assert len(store) == 9
+    assert np.isfinite(store.feature_mean).all()

@@ -127,6 +127,8 @@ def test_a_long_thin_picture_is_labelled_as_in_mlx(size):
     assert one.masks.shape == other.masks.shape == (2, *size)
     assert (one.masks == other.masks).mean() > 0.999
     np.testing.assert_allclose(one.iou, other.iou, atol=1e-3)
+    assert one.features is not None
+    assert other.features is not None
     np.testing.assert_allclose(one.features, other.features, atol=0.01)
     look = torch_teacher.look(image)
     found = look.candidates(np.array([prompts[1]]), min_iou=-9, min_stability=0)

@@ -36,7 +36,8 @@ def file_name(number: int) -> str:
 
 
 def box(x0: int, y0: int, x1: int, y1: int) -> list[float]:
-    return [float(v) for v in (x0, y0, x1, y0, x1, y1, x0, y1)]
+    """The outline of pixels x0..x1, y0..y1."""
+    return [float(v) for v in (x0, y0, x1 + 1, y0, x1 + 1, y1 + 1, x0, y1 + 1)]
 
 
 def ref(number: int, image: int, ann: int, split: str, *said: str) -> dict[str, Any]:
@@ -241,7 +242,7 @@ def test_every_phrase_that_is_not_for_training(folder: Path, protocol: int):
 def test_masks_are_those_of_the_outlines(folder: Path):
     masks = [item.mask() for item in read(folder)[0] if item.mask]
     expected = np.zeros((4, HEIGHT, WIDTH), bool)
-    expected[:2, 0:8, 0:8] = True  # polygons go through the middle of their last pixels
+    expected[:2, 0:8, 0:8] = True
     expected[2, 0:4, 0:4] = expected[2, 12:20, 16:24] = True
     expected[3, 4:8, 4:8] = True
     assert (np.stack(masks) == expected).all()

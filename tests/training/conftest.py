@@ -104,6 +104,7 @@ class NoiseJob:
     recipe: Recipe
     model: AgeVLM
     val_records: bool = True
+    data: list[int] = field(default_factory=list)
     problems: list[Any] = field(default_factory=list)
     masters: dict[str, mx.array] = field(default_factory=dict)
 

@@ -1,5 +1,6 @@
 """The teacher's labels that a run opens or has made, with a real teacher on small pictures."""
 
+import re
 import subprocess
 import sys
 import time
@@ -104,6 +105,34 @@ def test_one_picture_among_many_that_changed_after_teaching_is_noticed(tmp_path:
     Image.new("RGB", (128, 128), "white").save(path)
     with pytest.raises(UserError, match="is another file than the one labelled"):
         opened(labelling(Preprocessor(image_size=32)), data)
+
+
+def add_a_phrase(data: Path) -> None:
+    """A box that no store has yet."""
+    path = data / "llava.json"
+    path.write_text(re.sub(r'"box": \[[^]]*\]', '"box": [1, 2, 3, 4]', path.read_text(), count=1))
+
+
+def test_a_store_of_points_is_completed_with_points(data: Path):
+    words = ["--data", str(data), "--out", str(data.with_name("store")), "--prompt", "point"]
+    words += ["--image-size", "32", "--grid", "4x4", "--backend", "mlx", "--workers", "1"]
+    assert teach.main(words) == 0
+    add_a_phrase(data)
+    with pytest.raises(UserError, match="--prompt=point"):
+        opened(labelling(Preprocessor(image_size=32)), data)
+    assert opened(labelling(Preprocessor(image_size=32), teach=True), data).meta.prompt == "point"
+
+
+def test_a_phrase_with_nothing_does_not_stop_a_run_that_skips(data: Path):
+    path = data / "llava.json"
+    lines = path.read_text().splitlines()
+    number = next(n for n, line in enumerate(lines) if line.count('"box"') > 1)
+    lines[number] = re.sub(r', "box": \[[^]]*\]', "", lines[number], count=1)
+    path.write_text("\n".join(lines))
+    with pytest.raises(UserError, match="ended with exit status 2"):
+        opened(labelling(Preprocessor(image_size=32), teach=True), data)
+    own = labelling(Preprocessor(image_size=32), teach=True, on_error="skip")
+    assert len(opened(own, data)) == 4
 
 
 @pytest.mark.chaos

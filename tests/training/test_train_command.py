@@ -1,5 +1,6 @@
 """`agevlm train` as a user runs it: a tiny recipe on real scenes, from start to a usable model."""
 
+import json
 import os
 import re
 import shutil
@@ -144,6 +145,12 @@ def test_bad_input_is_one_line_and_leaves_no_folder(
     monkeypatch.chdir(tmp_path)
     assert message in fails(capsys, *tiny, argument, "--out", "run")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_text_that_would_fill_the_memory_is_a_bad_record(tiny: list[str], tmp_path: Path, capsys):
+    run = tmp_path / "run"
+    assert main([*tiny, *SHORT, "data.max_tokens=8", "--out", str(run)]) == 2
+    assert "at most 8 tokens (data.max_tokens), got" in capsys.readouterr().err
 
 
 def test_a_later_stage_without_texts_is_found_before_the_first(
@@ -352,6 +359,55 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tiny: list[str], tmp_path: Path):
     assert process.returncode == 0, out
     assert f"go on with: agevlm train --resume {run}" in out
     assert not (run / "config.json").exists()
+    saved = checkpoint.load(run)
+    assert saved is not None
+    assert 4 <= saved.step < 20
+
+
+def test_a_folder_is_trained_in_by_one_process(
+    finished: Path, tiny: list[str], tmp_path: Path, capsys
+):
+    with checkpoint.alone(finished):
+        assert "another process trains" in fails(capsys, "--resume", str(finished))
+        assert (finished / "model.safetensors").exists()
+        error = fails(capsys, *tiny, "--out", str(finished), "--overwrite")
+        assert "another process trains" in error
+    assert not (finished / checkpoint.LOCK).exists()
+    assert weights.load(finished)
+
+
+def test_a_run_goes_on_with_its_own_data_only(
+    tiny: list[str], tmp_path: Path, tiny_folder: Path, capsys
+):
+    data, run = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(tiny_folder / "train", data)
+    own = [a for a in tiny if not a.startswith(("data.train", "data.store"))]
+    assert main([*own, f"data.train={data}", *SHORT, "--out", str(run)]) == 0
+    records = json.loads((data / "llava.json").read_text())
+    (data / "llava.json").write_text(json.dumps(records[:-1]))
+    assert "the data is not what this run was started with" in fails(capsys, "--resume", str(run))
+
+
+@pytest.mark.e2e
+def test_a_run_outlives_whoever_reads_its_lines(tiny: list[str], tmp_path: Path):
+    run = tmp_path / "run"
+    process = start(*tiny, "--out", str(run))
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.close()  # as `| head -1` does
+    assert process.wait(timeout=300) == 0
+    assert rows(run)[-1]["step"] == 20
+    assert weights.load(run).model.config.model_type == "agevlm"
+
+
+@pytest.mark.chaos
+def test_a_closed_terminal_saves(tiny: list[str], tmp_path: Path):
+    run = tmp_path / "run"
+    process = start(*tiny, "--out", str(run))
+    wait_for_step(process, run, 4)
+    os.kill(process.pid, signal.SIGHUP)
+    process.communicate(timeout=300)
+    assert process.returncode == 0
     saved = checkpoint.load(run)
     assert saved is not None
     assert 4 <= saved.step < 20
