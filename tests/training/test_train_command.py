@@ -382,6 +382,7 @@ def test_a_run_goes_on_with_its_own_data_only(
     data, run = tmp_path / "data", tmp_path / "run"
     shutil.copytree(tiny_folder / "train", data)
     own = [a for a in tiny if not a.startswith(("data.train", "data.store"))]
+    own.append("stages.1.losses.attention.weight=0")  # nothing to guide by
     assert main([*own, f"data.train={data}", *SHORT, "--out", str(run)]) == 0
     records = json.loads((data / "llava.json").read_text())
     (data / "llava.json").write_text(json.dumps(records[:-1]))
