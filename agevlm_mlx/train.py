@@ -29,7 +29,7 @@ examples:
   agevlm train --recipe mine.toml --out runs/mine  your own
   agevlm train stages.1.lr=5e-4 train.seed=1 --out runs/seed1
   agevlm train --resume runs/seed1                 go on after Ctrl-C, a crash or a full disk
-  mlx.launch -n 2 $(which agevlm) train            two processes; --hosts a,b for two machines
+  mlx.launch -n 2 -- $(which agevlm) train         two processes; --hosts IP,IP for two machines
 
 Any key of the recipe can be given as key=value; [[stages]] are stages.0, stages.1 and so on.
 Ctrl-C finishes the step, saves and leaves; twice leaves at once.

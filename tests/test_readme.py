@@ -25,7 +25,7 @@ LONG = [
     r"(sudo )?(apt-get|dnf|brew) install [\w -]+",
     r"python (scripts|benchmarks)/\w+\.py.*",
     r"curl http://127\.0\.0\.1:8080/.*",
-    r"mlx\.launch --hosts \S+ agevlm train .*",
+    r"mlx\.launch --hosts [\d.,]+ -- \$\(which agevlm\) train .*",
 ]
 FLAGS = [
     r"agevlm (data|demo|train|evaluate|analyze|teach|chat|serve|benchmark)( .*)?",

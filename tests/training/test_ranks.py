@@ -196,8 +196,8 @@ def test_mlx_launch_starts_them(tiny_folder: Path, tmp_path: Path):
     program = Path(sys.executable).with_name("mlx.launch")
     short = ["stages.0.steps=2", "stages.1.steps=2", "--out", str(tmp_path / "run")]
     done = subprocess.run(
-        [str(program), "--backend", "ring", "-n", "2", "--starting-port", str(free_port()),
-         sys.executable, *MODULE, *tiny_arguments(tiny_folder), *short],
+        [str(program), "--hosts", "127.0.0.1,127.0.0.1", "--starting-port", str(free_port()), "--",
+         str(program.with_name("agevlm")), "train", *tiny_arguments(tiny_folder), *short],
         capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300,
     )  # fmt: skip
     assert "2 processes train together" in done.stdout, done.stdout + done.stderr
