@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         "versions": versions(),
     }
     print(f"{report.model_line(about['model'])}\n{report.machine_line(about['machine'])}\n")
-    bench = Bench(model, settings, _progress)
+    bench = Bench(model, settings, report.progress)
     memory = bench.memory()
     moved = bench.moved(memory)
     measured = {
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     about |= {"measured": measured, "targets": []}
     if not args.dry_run:
         measured |= _time(bench, moved)
-        _progress("")
+        report.progress("")
         print(f"\n{report.measured_tables(measured)}")
         if args.shape:  # what a checkpoint should reach depends on its sizes
             about["targets"] = report.targets(measured)
@@ -226,11 +226,6 @@ def _parser() -> argparse.ArgumentParser:
         "--dry-run", action="store_true", help="only count bytes and predict; nothing is timed"
     )
     return parser
-
-
-def _progress(text: str) -> None:
-    if sys.stderr.isatty():
-        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

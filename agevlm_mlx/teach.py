@@ -26,10 +26,10 @@ from .data.image import Preprocessor
 from .data.record_set import OnError, read_problems, read_records, write_problems
 from .data.records import Problem
 from .errors import UserError, one_line
+from .launchers import launched
 from .sam.automatic import Automatic
 from .sam.jobs import Job, Jobs, survey
 from .sam.labelling import Labelled, Labeller, label_all
-from .sam.launchers import launched
 from .sam.merging import merge_stores
 from .sam.progress import Progress
 from .sam.protocol import Teacher

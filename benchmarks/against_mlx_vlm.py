@@ -213,7 +213,7 @@ class Comparison:
         taken = timing.interleaved(
             {name: lambda case=case: timing.seconds(case) for name, case in cases.items()},
             self.trials,
-            lambda text: _progress(f"first token, {image_tokens} image tokens: {text}"),
+            lambda text: report.progress(f"first token, {image_tokens} image tokens: {text}"),
         )
         pairs = {
             "ours, SmolVLM's connector": "SmolVLM",
@@ -235,7 +235,7 @@ class Comparison:
         plain = mx.random.normal((1, image_tokens, shapes.VISION["hidden_size"]))
         features = mx.random.normal((image_tokens, TEXT["hidden_size"]))
         mx.eval(plain, features)
-        _progress(f"decode, {image_tokens} image tokens: prefill")
+        report.progress(f"decode, {image_tokens} image tokens: prefill")
         cases: dict[str, Callable[[], list[float]]] = {
             "text only (mlx-lm)": lambda: timing.decode(
                 self.text, ids, make_prompt_cache(self.text), LENGTHS[-1]
@@ -248,7 +248,7 @@ class Comparison:
         taken = timing.interleaved(
             cases,
             self.trials,
-            lambda text: _progress(f"decode, {image_tokens} image tokens: {text}"),
+            lambda text: report.progress(f"decode, {image_tokens} image tokens: {text}"),
         )
         return {
             name: {
@@ -325,18 +325,13 @@ def main(argv: list[str] | None = None) -> int:
         "decode": {n: comparison.decode(n) for n in args.decode_at},
     }
     about["measured"] = measured
-    _progress("")
+    report.progress("")
     print(f"mlx-vlm {mlx_vlm_version}, float32, random weights, 32-token question\n")
     print(tables(measured))
     if args.json:
         files.write_json(args.json, about)
         print(f"\nwritten: {args.json}")
     return 0
-
-
-def _progress(text: str) -> None:
-    if sys.stderr.isatty():
-        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -63,23 +63,8 @@ from mlx_vlm.version import __version__ as mlx_vlm_version  # noqa: E402
 TEXT = {**shapes.SHAPES["smollm2-135m"], "vocab_size": 49280}
 VISION = {**shapes.VISION, "image_size": 224}
 SHUFFLE = 2
-TINY_TEXT = {
-    **TEXT,
-    "hidden_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 96,
-    "vocab_size": 300,
-}
-TINY_VISION = {
-    **VISION,
-    "image_size": 64,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-}
+TINY_TEXT = {**TEXT, **shapes.TINY_TEXT}
+TINY_VISION = {**VISION, **shapes.TINY_VISION}
 
 
 class Causal(SmolvlmModel):
@@ -221,7 +206,7 @@ def compare(images: int, tokens: int, trials: int, tiny: bool) -> dict[str, Any]
 
         return measure
 
-    taken = timing.interleaved({n: measured(s) for n, s in steps.items()}, trials, _progress)
+    taken = timing.interleaved({n: measured(s) for n, s in steps.items()}, trials, report.progress)
     found: dict[str, Any] = {}
     theirs = taken["mlx-vlm, SmolVLM"]
     for name, values in taken.items():
@@ -286,7 +271,7 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):  # theirs may write
         measured = compare(args.batch, args.tokens, args.trials, args.tiny)
     about["measured"] = measured
-    _progress("")
+    report.progress("")
     print(f"{about['command']}\n{report.machine_line(about['machine'])}")
     print(f"{args.trials} turns, load {about['machine']['load_average'][0]:.1f}")
     for what, happened in measured["as_installed"].items():
@@ -296,11 +281,6 @@ def main(argv: list[str] | None = None) -> int:
         files.write_json(args.json, about)
         print(f"\nwritten: {args.json}")
     return 0
-
-
-def _progress(text: str) -> None:
-    if sys.stderr.isatty():
-        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -57,23 +57,8 @@ from agevlm_mlx.training.stages import AttentionLoss, Losses  # noqa: E402
 TEXT = shapes.SHAPES["smollm2-135m"]
 VISION = {**shapes.VISION, "image_size": 224}
 SHUFFLE = 2
-TINY_TEXT = {
-    **TEXT,
-    "hidden_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 96,
-    "vocab_size": 300,
-}
-TINY_VISION = {
-    **VISION,
-    "image_size": 64,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-}
+TINY_TEXT = {**TEXT, **shapes.TINY_TEXT}
+TINY_VISION = {**VISION, **shapes.TINY_VISION}
 #: The two losses may differ by that much, relatively.
 SAME = 1e-4
 
@@ -288,7 +273,7 @@ def compare(images: int, tokens: int, trials: int, tiny: bool) -> dict[str, Any]
 
         return measure
 
-    taken = timing.interleaved({n: timed(s) for n, s in steps.items()}, trials, _progress)
+    taken = timing.interleaved({n: timed(s) for n, s in steps.items()}, trials, report.progress)
     found = {}
     for name, times in taken.items():
         whole = [sum(t) for t in times]
@@ -352,7 +337,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     measured = compare(args.batch, args.tokens, args.trials, args.tiny)
     about["measured"] = measured
-    _progress("")
+    report.progress("")
     print(f"{about['command']}\n{report.machine_line(about['machine'])}")
     print(
         f"torch {torch.__version__}, {args.threads} threads; {args.trials} turns, load "
@@ -364,11 +349,6 @@ def main(argv: list[str] | None = None) -> int:
         files.write_json(args.json, about)
         print(f"\nwritten: {args.json}")
     return 0
-
-
-def _progress(text: str) -> None:
-    if sys.stderr.isatty():
-        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

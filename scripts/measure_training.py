@@ -58,23 +58,8 @@ from agevlm_mlx.training.stages import AttentionLoss, Losses
 #: Guidance may add that much to a step's time and to its peak memory.
 TARGET = 0.10
 VISION = {**shapes.VISION, "image_size": 224}
-TINY_TEXT = {
-    **shapes.SHAPES["smollm2-135m"],
-    "hidden_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 96,
-    "vocab_size": 300,
-}
-TINY_VISION = {
-    **VISION,
-    "image_size": 32,
-    "hidden_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-}
+TINY_TEXT = {**shapes.SHAPES["smollm2-135m"], **shapes.TINY_TEXT}
+TINY_VISION = {**VISION, **shapes.TINY_VISION}
 
 
 @dataclass
@@ -321,8 +306,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.only != "scenes":
             cases += smollm2_cases(args.batch, args.tokens, args.tiny)
         for case in cases:
-            measured[case.name] = measure(case, args.trials, args.clock, _progress)
-    _progress("")
+            measured[case.name] = measure(case, args.trials, args.clock, report.progress)
+    report.progress("")
     print(f"{command}\n{report.machine_line(facts)}")
     print(f"{args.trials} turns, {args.clock} clock, load {facts['load_average'][0]:.1f}\n")
     print(tables(measured))
@@ -331,11 +316,6 @@ def main(argv: list[str] | None = None) -> int:
         files.write_json(args.json, about)
         print(f"\nwritten: {args.json}")
     return 0
-
-
-def _progress(text: str) -> None:
-    if sys.stderr.isatty():
-        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "openblas": set(),
     "console": set(),
     "malloc": set(),
+    "launchers": {"errors"},
     "parallel": {"errors"},
     "steps": {"errors", "config", "evaluation"},
     "config": {"errors"},
@@ -30,7 +31,17 @@ MAY_IMPORT = {
     "sam": {"errors", "atomic", "config", "data", "models"},
     "weights": {"errors", "hub", "config", "models", "data"},
     "quantization": {"errors", "models"},
-    "training": {"errors", "atomic", "config", "hub", "models", "data", "sam", "weights"},
+    "training": {
+        "errors",
+        "atomic",
+        "config",
+        "hub",
+        "launchers",
+        "models",
+        "data",
+        "sam",
+        "weights",
+    },
     # What a person sees of a run: curves, and where the model looks.
     "watch": {
         "errors",

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,6 +29,12 @@ def facts() -> dict[str, Any]:
         "threads": {name: os.environ.get(name) for name in _THREADS},
         "load_average": list(os.getloadavg()),
     }
+
+
+def progress(text: str) -> None:
+    """Show what is being measured, in a line of the terminal that rewrites itself."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
 def model_line(model: Mapping[str, Any]) -> str:

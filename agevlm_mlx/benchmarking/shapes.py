@@ -68,6 +68,22 @@ VISION = {
     "intermediate_size": 3072,
 }
 FUSION = FusionConfig(projector="pixel_shuffle", pixel_shuffle_factor=4, gate_init=0.5)
+#: What is smaller in the miniatures that try a benchmark out.
+TINY_TEXT = {
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "vocab_size": 300,
+}
+TINY_VISION = {
+    "image_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+}
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 

@@ -19,11 +19,10 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import UserError, one_line
+from ..launchers import is_launched
 from . import leash
 from .leash import Leash
 
-#: What mlx.launch and the common MPI launchers set in the environment of what they start.
-_LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
 #: Seconds after which the others are taken for lost when they do not answer; the teacher's work at
 #: the start may take that long.
 PATIENCE = 24 * 3600.0
@@ -60,7 +59,7 @@ class Ranks:
     def start(cls) -> "Ranks":
         """Join the others. ``UserError`` if a launcher started this process and they are not
         found."""
-        if not any(name in os.environ for name in _LAUNCHED):
+        if not is_launched(os.environ):
             return cls()
         try:
             group = mx.distributed.init()

@@ -20,11 +20,11 @@ from agevlm_mlx.data.image import Preprocessor
 from agevlm_mlx.data.record_set import Records, read_records
 from agevlm_mlx.data.records import Phrase, Record, Turn
 from agevlm_mlx.errors import UserError
+from agevlm_mlx.launchers import launched
 from agevlm_mlx.sam import labelling, merging, progress, room, writer
 from agevlm_mlx.sam.automatic import Automatic
 from agevlm_mlx.sam.jobs import Job, Jobs, complete, survey
 from agevlm_mlx.sam.labelling import Labeller
-from agevlm_mlx.sam.launchers import launched
 from agevlm_mlx.sam.protocol import Candidates, Labels
 from agevlm_mlx.sam.store import Store, file_sha256
 from agevlm_mlx.sam.targets import rle_encode

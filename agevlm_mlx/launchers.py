@@ -1,19 +1,25 @@
-"""Which part of a data set is this process's, where a launcher started several."""
+"""What mlx.launch and the MPI launchers tell the processes that they start."""
 
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from ..errors import UserError
+from .errors import UserError
 
 #: What launchers call a process's number, and how many there are, in its environment.
 RANKS = (
     ("MLX_RANK", "MLX_WORLD_SIZE"),
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
     ("PMI_RANK", "PMI_SIZE"),
+    ("PMIX_RANK", ""),
 )
 #: Files with a list of the processes, from the launchers that do not say how many there are.
 HOST_LISTS = ("MLX_HOSTFILE", "MLX_IBV_DEVICES")
+
+
+def is_launched(environ: Mapping[str, str]) -> bool:
+    """Whether a launcher started this process, maybe with others."""
+    return any(rank in environ for rank, _ in RANKS)
 
 
 def launched(environ: Mapping[str, str]) -> tuple[int, int]:
