@@ -13,11 +13,14 @@ from .errors import command
 EXAMPLES = """splits:
   train, val, test   the same bias: some nouns are frequent, themes come together
   uniform            no bias: any noun with any other
+  balanced           the same without the pairs of combos, to train on
   combos             pairs of nouns that never share a picture in train
   nouns              nouns that train does not have
 
-styles (the same nouns in another look, to test with):
+styles (the same nouns in another look):
   plain              what train looks like
+  varied             to train with: each object plain, grey, in two colours, flat or embossed
+to test with:
   recoloured         every object in other colours
   outlined           line drawings on paper
   blurred            out of focus

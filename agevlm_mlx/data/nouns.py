@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-Split = Literal["train", "val", "test", "uniform", "combos", "nouns"]
+Split = Literal["train", "val", "test", "uniform", "combos", "nouns", "balanced"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 
 #: Theme -> (noun, OpenMoji character), the most frequent first.
@@ -73,8 +73,9 @@ def sample_nouns(rng: np.random.Generator, split: Split) -> list[str]:
     n = int(rng.choice(_COUNTS, p=_COUNT_SHARES))
     if split == "nouns":
         return [HELD_OUT[i][0] for i in rng.choice(len(HELD_OUT), n, replace=False)]
+    biased = split not in ("uniform", "balanced")
     while True:
-        chosen = _sample(rng, max(n, 2) if split == "combos" else n, biased=split != "uniform")
+        chosen = _sample(rng, max(n, 2) if split == "combos" else n, biased=biased)
         pairs = any(held_out_pair(a, b) for i, a in enumerate(chosen) for b in chosen[:i])
         if pairs == (split == "combos") or split == "uniform":
             return [NOUNS[i] for i in rng.permutation(chosen)]

@@ -4,6 +4,7 @@ ReLU and squared ReLU only: exp, tanh and GELU cost 13 to 40 ns an element on ML
 backend, a squared ReLU less than one.
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,9 +21,10 @@ class VitConfig:
 
     model_type: Literal["agevlm_vit"] = "agevlm_vit"
     image_size: int = 64
-    #: Pixels per token side; the stem works at half of it.
+    #: Pixels per token side.
     patch_size: int = 8
-    stem_channels: int = 48
+    #: Channels of the stem's stages; each halves the resolution, down to a token a patch.
+    stem_channels: tuple[int, ...] = (48,)
     hidden_size: int = 128
     num_hidden_layers: int = 3
     num_attention_heads: int = 4
@@ -30,9 +32,16 @@ class VitConfig:
     rms_norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        if self.patch_size % 2 or self.image_size % self.patch_size:
+        halved = 2 ** len(self.stem_channels)
+        if not self.stem_channels or min(self.stem_channels) < 1:
             raise UserError(
-                "vision_config: expected an even patch_size that divides image_size, got "
+                "vision_config.stem_channels: expected one positive number a stage, got "
+                f"{list(self.stem_channels)}"
+            )
+        if self.patch_size % halved or self.image_size % self.patch_size:
+            raise UserError(
+                f"vision_config: expected a patch_size that divides image_size and is a multiple "
+                f"of {halved} ({len(self.stem_channels)} stages of the stem), got "
                 f"{self.patch_size} and {self.image_size}"
             )
         if self.hidden_size % self.num_attention_heads:
@@ -40,6 +49,20 @@ class VitConfig:
                 "vision_config.hidden_size: expected a multiple of num_attention_heads "
                 f"({self.num_attention_heads}), got {self.hidden_size}"
             )
+
+
+class StemStage(nn.Module):
+    """A residual 3x3 convolution, then every 2x2 cells become one: [B h w C] -> [B h/2 w/2 D]."""
+
+    def __init__(self, channels: int, dim: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, 2 * channels, 3, padding=1)
+        self.conv2 = nn.Linear(2 * channels, channels)
+        self.merge = nn.Linear(4 * channels, dim)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = x + self.conv2(nn.relu(self.conv1(x)))
+        return self.merge(_merge_cells(x, 2))
 
 
 class VitBlock(nn.Module):
@@ -72,12 +95,10 @@ class VitEncoder(nn.Module):
         self.config = config
         side = config.image_size // config.patch_size
         self.grid, self.width = (side, side), config.hidden_size
-        self.stride = config.patch_size // 2
-        C = config.stem_channels
-        self.patch_embed = nn.Linear(3 * self.stride**2, C)
-        self.stem_conv1 = nn.Conv2d(C, 2 * C, 3, padding=1)
-        self.stem_conv2 = nn.Linear(2 * C, C)
-        self.merge = nn.Linear(4 * C, config.hidden_size)
+        widths = [*config.stem_channels, config.hidden_size]
+        self.stride = config.patch_size // 2 ** len(config.stem_channels)
+        self.patch_embed = nn.Linear(3 * self.stride**2, widths[0])
+        self.stem = [StemStage(C, D) for C, D in itertools.pairwise(widths)]
         self.position_embedding = 0.02 * mx.random.normal((side * side, config.hidden_size))
         self.layers = [VitBlock(config) for _ in range(config.num_hidden_layers)]
         self.post_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -104,9 +125,9 @@ class VitEncoder(nn.Module):
             raise ValueError(f"expected {size}x{size} pixels, got {Hi}x{Wi}")
         x = _merge_cells(pixels.astype(self.patch_embed.weight.dtype), self.stride)
         x = self.patch_embed(x)
-        x = x + self.stem_conv2(nn.relu(self.stem_conv1(x)))
-        x = self.merge(_merge_cells(x, 2)).reshape(B, -1, self.width)
-        x = x + self.position_embedding
+        for stage in self.stem:
+            x = stage(x)
+        x = x.reshape(B, -1, self.width) + self.position_embedding
         for layer in self.layers:
             x = layer(x)
         return self.post_norm(x)
