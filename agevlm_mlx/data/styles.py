@@ -1,8 +1,8 @@
 """Other ways to draw the embedded pictures, to see what holds beyond the look of train.
 
-``plain`` is what train looks like. ``varied`` is to train with: every object in a look of its own,
-none of which is a style that is tested. ``recoloured``, ``outlined``, ``blurred`` and ``scaled`` are
-to test with; all but ``scaled`` leave every object where it is, with the same mask.
+``plain`` is what train looks like. ``varied`` is to train with: every object in a look of its
+own, none of which is a style that is tested. ``recoloured``, ``outlined``, ``blurred`` and
+``scaled`` are to test with; all but ``scaled`` leave every object where it is, with the same mask.
 """
 
 from typing import Literal, get_args
