@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from .data.nouns import SPLITS
-from .data.scenes import write_scenes
+from .data.scenes import TEXTS, write_scenes
 from .data.styles import STYLES
 from .errors import command
 
@@ -48,6 +48,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     parser.add_argument("--split", choices=SPLITS, default="train", help="default: train")
     parser.add_argument("--style", choices=STYLES, default="plain", help="default: plain")
+    parser.add_argument(
+        "--texts",
+        choices=TEXTS,
+        default="short",
+        help="rich: also many wordings, conversations of several turns, whole sentences "
+        "(default: short)",
+    )
     args = parser.parse_args(argv)
 
     started = time.time()
@@ -57,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
             left = (time.time() - started) * (n - done) / done
             print(f"\rscenes {done}/{n}, {left:.0f} s left ", end="", file=sys.stderr, flush=True)
 
-    made = write_scenes(args.out, args.n, args.seed, args.split, progress, args.style)
+    made = write_scenes(args.out, args.n, args.seed, args.split, progress, args.style, args.texts)
     if sys.stderr.isatty() and made:
         print(file=sys.stderr)
     kind = args.split if args.style == "plain" else f"{args.style} {args.split}"

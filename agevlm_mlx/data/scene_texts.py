@@ -5,6 +5,7 @@ that tie words to boxes. Absent objects have no phrase, so nothing guides them.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,16 @@ def presence_question(noun: str, long: bool) -> str:
     return f"Is there {with_article(noun)}{' in the image' if long else ''}?"
 
 
+@dataclass(frozen=True)
+class Exchange:
+    """A question and its answer, and the numbers of the objects that each names, in this order."""
+
+    question: str
+    answer: str
+    asked: Sequence[int] = ()
+    said: Sequence[int] = ()
+
+
 class Writer:
     """Collects the records of one picture."""
 
@@ -43,7 +54,30 @@ class Writer:
 
     def add(self, kind: str, question: str, answer: str, turn: int, *objects: int) -> None:
         """One question and answer; `objects` are named in `turn`, in this order."""
-        text = (question, answer)[turn]
+        named = {"asked": objects} if turn == 0 else {"said": objects}
+        self.talk(kind, Exchange(question, answer, **named))
+
+    def talk(self, kind: str, *exchanges: "Exchange") -> None:
+        """A conversation."""
+        turns: list[dict[str, str]] = []
+        phrases: list[dict[str, Any]] = []
+        for exchange in exchanges:
+            phrases += self._phrases(len(turns), exchange.question, exchange.asked)
+            phrases += self._phrases(len(turns) + 1, exchange.answer, exchange.said)
+            question = exchange.question if turns else f"<image>\n{exchange.question}"
+            turns.append({"from": "human", "value": question})
+            turns.append({"from": "gpt", "value": exchange.answer})
+        self.records.append(
+            {
+                "id": f"{self.stem}-{len(self.records)}",
+                "image": self.image,
+                "kind": kind,
+                "conversations": turns,
+                **({"phrases": phrases} if phrases else {}),
+            }
+        )
+
+    def _phrases(self, turn: int, text: str, objects: Sequence[int]) -> list[dict[str, Any]]:
         phrases, start = [], 0
         for index in objects:
             noun = self.scene.nouns[index]
@@ -52,18 +86,8 @@ class Writer:
             phrases.append(
                 {"text": noun, "turn": turn, "start": start, "end": end, "box": self.box(index)}
             )
-        self.records.append(
-            {
-                "id": f"{self.stem}-{len(self.records)}",
-                "image": self.image,
-                "kind": kind,
-                "conversations": [
-                    {"from": "human", "value": f"<image>\n{question}"},
-                    {"from": "gpt", "value": answer},
-                ],
-                **({"phrases": phrases} if phrases else {}),
-            }
-        )
+            start = end
+        return phrases
 
     def presence(self, kind: str, noun: str, long: bool) -> None:
         if noun in self.scene.nouns:
@@ -83,7 +107,7 @@ def scene_records(scene: Scene, stem: str, image: str, rng: np.random.Generator)
         w.presence("presence", noun, bool(rng.random() < 0.5))
     for i in rng.choice(len(absent), 6, replace=False):
         w.presence("presence", absent[i], bool(rng.random() < 0.5))
-    hard = _ranked(likely_absent, nouns, rng)[:6]
+    hard = ranked(likely_absent, nouns, rng)[:6]
     for i, noun in enumerate((nouns * 2)[:2]):
         w.presence("presence_hard", noun, bool(rng.random() < 0.5))
         w.presence("presence_hard", hard[int(rng.integers(3)) + 3 * i], bool(rng.random() < 0.5))
@@ -102,7 +126,7 @@ def scene_records(scene: Scene, stem: str, image: str, rng: np.random.Generator)
     return w.records
 
 
-def _ranked(
+def ranked(
     rank: Callable[[list[str]], list[str]], nouns: list[str], rng: np.random.Generator
 ) -> list[str]:
     """Absent nouns as `rank` orders them; held-out ones, which no picture of the training
@@ -135,11 +159,11 @@ def pope_questions(scene: Scene, image: str, rng: np.random.Generator) -> dict[s
     nouns = list(scene.nouns)
     absent = absent_nouns(nouns)
     present = nouns[int(rng.integers(len(nouns)))]
-    popular = _ranked(popular_absent, nouns, rng)
+    popular = ranked(popular_absent, nouns, rng)
     negatives = {
         "random": absent[int(rng.integers(len(absent)))],
         "popular": popular[int(rng.integers(len(popular)))],
-        "adversarial": _ranked(likely_absent, nouns, rng)[0],
+        "adversarial": ranked(likely_absent, nouns, rng)[0],
     }
     return {
         kind: [

@@ -16,7 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from PIL import Image
@@ -26,11 +26,14 @@ from ..errors import UserError
 from ..sam.targets import rle_encode
 from .nouns import ALL_NOUNS, NOUNS, SPLITS, Split
 from .painting import SIDE, make_scene
+from .scene_dialogues import rich_records
 from .scene_texts import POPE_KINDS, caption, pope_questions, scene_records
 from .styles import STYLES, Style
 
 #: Changes whenever the same arguments would give other bytes.
 VERSION = 1
+Texts = Literal["short", "rich"]
+TEXTS: tuple[Texts, ...] = get_args(Texts)
 ATTRIBUTION = "OpenMoji (https://openmoji.org), CC BY-SA 4.0"
 _CHUNK = 64
 
@@ -42,11 +45,13 @@ def write_scenes(
     split: Split = "train",
     progress: Callable[[int, int], None] | None = None,
     style: Style = "plain",
+    texts: Texts = "short",
 ) -> bool:
     """Write `n` pictures of a split to the folder `out`; False when it was there already.
 
     Another `style` draws the same nouns otherwise (see `styles`); questions are the same too, but
-    for some of "scaled", which are about sizes and places.
+    for some of "scaled", which are about sizes and places. The ``rich`` texts are those of
+    `scene_dialogues` after the ``short`` ones.
     `progress` is called with (done, n). A folder left by an interrupted run is completed;
     one with other contents is refused with ``UserError``.
     """
@@ -62,6 +67,10 @@ def write_scenes(
              "side": SIDE, "attribution": ATTRIBUTION}  # fmt: skip
     if style != "plain":  # said only then: older plain folders stay what they are
         about["style"] = style
+    if texts not in TEXTS:
+        raise UserError(f"texts: expected {', '.join(TEXTS)}, got {texts!r}")
+    if texts != "short":
+        about["texts"] = texts
     if _finished(out, about):
         return False
     images = out / "images"
@@ -71,7 +80,9 @@ def write_scenes(
         images.mkdir(exist_ok=True)
     except (PermissionError, FileExistsError, NotADirectoryError) as error:
         raise UserError(f"{out}: expected a folder that can be written, {error.strerror}") from None
-    jobs = [(str(images), seed, split, style, i, min(i + _CHUNK, n)) for i in range(0, n, _CHUNK)]
+    jobs = [
+        (str(images), seed, split, style, texts, i, min(i + _CHUNK, n)) for i in range(0, n, _CHUNK)
+    ]
     parts, done = [], 0
     with contextlib.closing(_run(jobs)) as finished:
         for part in finished:
@@ -110,8 +121,9 @@ def _finished(out: Path, about: dict[str, Any]) -> bool:
 def _brief(about: Any) -> str:
     if not isinstance(about, dict):
         return "unreadable scenes.json"
-    known = {"style": "plain"} | about
-    return " ".join(f"{key}={known.get(key)}" for key in ("split", "n", "seed", "style", "version"))
+    known = {"style": "plain", "texts": "short"} | about
+    keys = ("split", "n", "seed", "style", "texts", "version")
+    return " ".join(f"{key}={known.get(key)}" for key in keys)
 
 
 def _run(jobs: list[tuple]) -> Generator[dict[str, Any], None, None]:
@@ -146,9 +158,9 @@ def _can_spawn() -> bool:
     return getattr(main, "__spec__", None) is not None or script is None or Path(script).is_file()
 
 
-def _paint_chunk(job: tuple[str, int, Split, Style, int, int]) -> dict[str, Any]:
+def _paint_chunk(job: tuple[str, int, Split, Style, Texts, int, int]) -> dict[str, Any]:
     """Paint pictures first .. last-1 and describe them; runs in a worker process."""
-    folder, seed, split, style, first, last = job
+    folder, seed, split, style, texts, first, last = job
     part: dict[str, Any] = {"images": [], "captions": [], "annotations": [], "records": []}
     part.update({kind: [] for kind in POPE_KINDS})
     for i in range(first, last):
@@ -174,6 +186,9 @@ def _paint_chunk(job: tuple[str, int, Split, Style, int, int]) -> dict[str, Any]
                 }
             )
         part["records"] += scene_records(scene, f"{i:06d}", f"images/{name}", rng)
+        if texts == "rich":
+            rng_rich = np.random.default_rng([seed, SPLITS.index(split), i, 2])
+            part["records"] += rich_records(scene, f"{i:06d}", f"images/{name}", rng_rich)
         for kind, questions in pope_questions(scene, name, rng).items():
             part[kind] += questions
     return part
