@@ -29,6 +29,8 @@ __all__ = ["Batch", "Batches", "GroupSpec", "TextGroup"]
 _PIXEL_BYTES, _TEXT_BYTES = 1 << 30, 1 << 27
 #: With ``on_error = "skip"``: so many images in a row that cannot be used are no accident.
 _MOST_SKIPPED = 1000
+#: With `shuffle_masks`: so many images without a mask that guides are none either.
+_MOST_DRAWN = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +77,8 @@ class Batches:
     all texts of an image in as few rows as they fit into, as one group. on_error: what
     becomes of an image or record that cannot be used: a ``UserError`` (``stop``), or the next
     usable one of the order takes its place (``skip``), the same whenever the step is made. A text
-    of more than `max_tokens` cannot be used.
+    of more than `max_tokens` cannot be used. shuffle_masks: every phrase that is guided is guided
+    by the mask of a random phrase of another image instead, which is drawn anew each time.
     """
 
     def __init__(
@@ -92,6 +95,7 @@ class Batches:
         flip: bool = False,
         bucket: int = 0,
         pack: bool = False,
+        shuffle_masks: bool = False,
         on_error: Literal["stop", "skip"] = "stop",
         max_tokens: int | None = None,
     ) -> None:
@@ -115,6 +119,15 @@ class Batches:
         lengths = _expected_lengths(records, self._kinds, [group.n for group in self.groups])
         #: Numbers of the images that have texts of these kinds.
         self.images = np.flatnonzero(lengths)
+        #: Those that lend their masks to others.
+        self._lenders: np.ndarray | None = None
+        if shuffle_masks:
+            self._lenders = np.unique(records.image_of[records.guided])
+            if len(self._lenders) < 2:
+                raise UserError(
+                    "data.shuffle_masks: expected at least two images with phrases, "
+                    f"got {len(self._lenders)}; set it to false"
+                )
         self._order = Order(lengths[self.images], batch_size, seed, bucket)
         self._pixels = Bounded[tuple[np.ndarray, Geometry]](_PIXEL_BYTES)
         self._encoded = Bounded[Encoded](_TEXT_BYTES)
@@ -232,12 +245,24 @@ class Batches:
                 break
             record = self.records[int(pool[number])]
             try:
-                texts.append(self._text(record, geometry, flip))
+                encoded = self._encode(record)
+                targets = [
+                    self._guidance.target(phrase, record.image, geometry, flip)
+                    for phrase in record.phrases
+                ]
             except UserError as error:
                 self._leave_out(f"{record.image} {record.id}", record, error)
+                continue
+            if self._lenders is not None:
+                key = (step, slot, group + 1, int(pool[number]))
+                targets = [
+                    None if target is None else self._borrowed(self._rng(*key, at), image, flip)
+                    for at, target in enumerate(targets)
+                ]
+            texts.append(self._text(record, encoded, targets))
         return texts
 
-    def _text(self, record: Record, geometry: Geometry, flip: bool) -> Text:
+    def _encode(self, record: Record) -> Encoded:
         # Boxes differ from picture to picture, the tokens of a text do not.
         bare = tuple(Phrase(p.text, p.turn, p.start, p.end) for p in record.phrases)
 
@@ -251,13 +276,39 @@ class Batches:
                 f"expected a text of at most {self.max_tokens:,} tokens (data.max_tokens), "
                 f"got {len(encoded.ids):,}"
             )
+        return encoded
+
+    def _text(self, record: Record, encoded: Encoded, targets: Sequence[np.ndarray | None]) -> Text:
         last = len(encoded.ids) - 1  # is predicted, but predicts nothing
         guided: list[tuple[int, np.ndarray]] = []
-        for phrase, span in zip(record.phrases, encoded.spans, strict=True):
-            target = self._guidance.target(phrase, record.image, geometry, flip)
+        for span, target in zip(encoded.spans, targets, strict=True):
             if target is not None:
                 guided += [(at, target) for at in span if at < last]
         return Text(record.id, encoded, tuple(guided))
+
+    def _borrowed(self, rng: np.random.Generator, image: int, flip: bool) -> np.ndarray:
+        """f32 [S], the mask of a random phrase of a random image other than `image`."""
+        assert self._lenders is not None
+        for _ in range(_MOST_DRAWN):
+            other = int(rng.choice(self._lenders))
+            if other == image:
+                continue
+            own = self.records.of_image(other)
+            record = self.records[int(rng.choice(own[self.records.guided[own]]))]
+            phrase = record.phrases[int(rng.integers(len(record.phrases)))]
+            try:
+                geometry = self._look(other)[1]
+                target = self._guidance.target(phrase, record.image, geometry, flip)
+            except UserError as error:
+                if self.on_error == "stop":
+                    raise UserError(f"record {record.id}: {error}") from None
+                continue  # it is told when its own turn comes
+            if target is not None:
+                return target
+        raise UserError(
+            f"data.shuffle_masks: none of {_MOST_DRAWN} phrases of random images has a mask that "
+            "guides; set it to false, or label the data with `agevlm teach`"
+        )
 
     def _leave_out(self, key: str, record: Record, error: UserError) -> None:
         """Remember what is wrong with an image or record, or with ``stop`` say so and end."""

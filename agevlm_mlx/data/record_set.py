@@ -4,6 +4,7 @@ import json
 import operator
 import os
 import tempfile
+from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import overload
@@ -101,6 +102,24 @@ class Records(Sequence[Record]):
         """The numbers of the records about one image, ascending i32."""
         return self._by_image[self._first[image] : self._first[image + 1]]
 
+    def first_images(self, n: int) -> "Records":
+        """The records about the first `n` images alone, read from where these are read.
+
+        Problems, and what else was left out, are those of all.
+        """
+        numbers = np.flatnonzero(self.image_of < n)
+        kinds, kind_of = np.unique(self.kind_of[numbers], return_inverse=True)
+        index = Index()
+        index.images = {str(image): at for at, image in enumerate(self.images[:n])}
+        index.kinds = {self.kinds[kind]: at for at, kind in enumerate(kinds)}
+        index.image_of = array("i", self.image_of[numbers].tobytes())
+        index.kind_of = array("h", kind_of.astype(np.int16).tobytes())
+        index.length_of = array("i", self.length_of[numbers].tobytes())
+        index.guided = bytearray(self.guided[numbers].tobytes())
+        index.masked = bytearray(self.masked[numbers].tobytes())
+        left_out = (self.problems, self.excluded, self.text_only)
+        return Records(self.root, index, _Some(self, numbers), *left_out)
+
     def notes(self) -> list[str]:
         """What was left out, in a sentence each for whoever reads along."""
         said = (
@@ -115,6 +134,8 @@ class Records(Sequence[Record]):
         """Close the file that records are read from; asking for one is an error afterwards."""
         if isinstance(self._source, Source):
             self._source.stored.close()
+        elif isinstance(self._source, _Some):
+            self._source.records.close()
 
     @classmethod
     def from_list(cls, records: Iterable[Record], root: Path | None = None) -> "Records":
@@ -126,6 +147,25 @@ class Records(Sequence[Record]):
         for record in held:
             index.add(record, str(record.image))
         return cls(root or _common_root(Paths(index.images)), index, held)
+
+
+class _Some(Sequence[Record]):
+    """Some of the records, by their numbers there."""
+
+    def __init__(self, records: Records, numbers: np.ndarray) -> None:
+        self.records, self.numbers = records, numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @overload
+    def __getitem__(self, i: int) -> Record: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[Record]: ...
+    def __getitem__(self, i: int | slice) -> Record | list[Record]:
+        if isinstance(i, slice):
+            return [self.records[n] for n in self.numbers[i].tolist()]
+        return self.records[int(self.numbers[i])]
 
 
 def _common_root(images: Sequence[Path]) -> Path:

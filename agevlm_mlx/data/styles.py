@@ -86,7 +86,7 @@ def _grey(sprite: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def _duotone(sprite: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Dark to bright becomes one colour to another one; as often inverted as not."""
     alpha = sprite[..., 3:] / 255
-    bright = _brightness(sprite[..., :3]) / 255  # premultiplied, 0 .. alpha
+    bright = np.clip(_brightness(sprite[..., :3]) / 255, 0, alpha)  # premultiplied
     ends = rng.uniform(0, 255, (2, 3)).astype(np.float32)
     if abs(float(_brightness(ends[0] - ends[1])[0])) < 90:  # too alike to tell anything
         ends[1] = 255 - ends[0] if abs(float(_brightness(ends[0])[0]) - 127) > 45 else (20, 20, 20)

@@ -32,6 +32,7 @@ from agevlm_mlx.data.nouns import (
 )
 from agevlm_mlx.data.painting import SIDE, TILE, make_scene
 from agevlm_mlx.data.records import Record
+from agevlm_mlx.data.scene_dialogues import rich_records
 from agevlm_mlx.data.scene_texts import POPE_KINDS, corner, mismatched, scene_records
 from agevlm_mlx.data.scenes import write_scenes
 from agevlm_mlx.data.styles import STYLES, Style, draw_sprite
@@ -193,15 +194,100 @@ def test_a_folder_of_another_style_asks_the_same_and_has_its_own_pixels(
         if name.endswith(".png"):
             assert other[name] != plain[name]
         if name in ("captions.json", "instances.json"):
-            assert (other[name] == plain[name]) == (style != "scaled")
+            assert (other[name] == plain[name]) == (style not in ("scaled", "varied"))
     assert json.loads((tmp_path / "other" / "scenes.json").read_text())["style"] == style
     # Folders made before there were styles say nothing of theirs, and are still finished.
     assert "style" not in json.loads((tmp_path / "plain" / "scenes.json").read_text())
-    with pytest.raises(UserError, match=rf"style={style} version=1, asked for .* style=plain"):
+    with pytest.raises(
+        UserError, match=rf"style={style} texts=short version=1, asked for .* style=plain"
+    ):
         write_scenes(tmp_path / "other", 6, 4, "test")
 
 
 # --- the sprites
+
+
+def test_varied_objects_show_looks_of_their_own_and_keep_their_place() -> None:
+    rng = np.random.default_rng(0)
+    sprite = painting._cutout("dog", painting._Pose(60, 0.1, False, 68))
+    looks = {draw_sprite(sprite, "varied", rng).tobytes() for _ in range(60)}
+    assert len(looks) > 20  # plain and grey are one each, the others have colours of their own
+    for _ in range(60):
+        drawn = draw_sprite(sprite, "varied", rng)
+        assert np.array_equal(drawn[..., 3], sprite[..., 3])
+        assert drawn.shape == sprite.shape
+        assert drawn[..., :3].min() >= -1e-3
+
+
+def test_balanced_pictures_have_no_bias_and_no_held_out_pair() -> None:
+    frequency = frequencies("balanced")
+    assert set(frequency) == set(NOUNS)
+    assert max(frequency.values()) < 3 * min(frequency.values())
+    assert not any(has_held_out_pair(nouns) for nouns in drawn("balanced", 400))
+
+
+# --- rich texts
+
+
+def test_rich_texts_follow_the_short_ones_and_change_nothing_else(tmp_path: Path) -> None:
+    write_scenes(tmp_path / "short", 6, 4, "train")
+    write_scenes(tmp_path / "rich", 6, 4, "train", texts="rich")
+    short, rich = (fingerprint(tmp_path / folder) for folder in ("short", "rich"))
+    assert {name for name in short if short[name] != rich[name]} == {"llava.json", "scenes.json"}
+    records = {
+        name: json.loads((tmp_path / name / "llava.json").read_text()) for name in ("short", "rich")
+    }
+    kinds = {record["kind"] for record in records["short"]}
+    assert [r for r in records["rich"] if r["kind"] in kinds] == records["short"]
+    assert len({r["id"] for r in records["rich"]}) == len(records["rich"])
+    with pytest.raises(UserError, match=r"texts=rich version=1, asked for .* texts=short"):
+        write_scenes(tmp_path / "rich", 6, 4, "train")
+
+
+@pytest.mark.parametrize("split", ["train", "balanced", "nouns"])
+def test_every_rich_text_is_true(split: Split) -> None:
+    kinds: Counter[str] = Counter()
+    answers: Counter[tuple[str, bool]] = Counter()
+    for i in range(60):
+        scene = make_scene(3, split, i)
+        for record in rich_records(scene, "s", "images/s.png", np.random.default_rng([3, i])):
+            kinds[record["kind"]] += 1
+            turns = [turn["value"] for turn in record["conversations"]]
+            for question, answer in zip(turns[::2], turns[1::2], strict=True):
+                mentioned = named(question) | named(answer)
+                if answer.startswith(("Yes", "No")):
+                    assert len(named(question)) == 1
+                    there = mentioned <= set(scene.nouns)
+                    assert there == answer.startswith("Yes")
+                    answers[record["kind"], there] += 1
+                else:
+                    assert mentioned <= set(scene.nouns)
+                if record["kind"] in ("describe", "sentence_caption"):
+                    assert named(answer) == set(scene.nouns)
+            for phrase in record.get("phrases", ()):
+                said = turns[phrase["turn"]].removeprefix("<image>\n")
+                assert said[phrase["start"] : phrase["end"]] == phrase["text"]
+                box = scene.boxes[scene.nouns.index(phrase["text"])].tolist()
+                assert phrase["box"] == box
+    for kind in ("ask", "ask_hard", "sentence_presence", "sentence_hard"):
+        assert answers[kind, True] == answers[kind, False] > 0
+    assert kinds["dialogue"] == 180
+
+
+def test_a_follow_up_is_about_the_object_of_the_turn_before() -> None:
+    found = 0
+    for i in range(60):
+        scene = make_scene(3, "train", i)
+        for record in rich_records(scene, "s", "images/s.png", np.random.default_rng([3, i])):
+            turns = [turn["value"] for turn in record["conversations"]]
+            about = None
+            for question, answer in zip(turns[::2], turns[1::2], strict=True):
+                if question in ("Is it big or small?", "How big is it?"):
+                    assert answer.lower() == scene.sizes[scene.nouns.index(about or "")]
+                    found += 1
+                elif named(question):
+                    about = next(iter(named(question)))
+    assert found > 10
 
 
 def test_sprites_look_different_when_small() -> None:
