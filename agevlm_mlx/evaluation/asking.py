@@ -228,6 +228,17 @@ class Asker:
                 out[i][r] = _mean_over_answer(log_p[row], encoded[i][r])
         return out
 
+    def token_log_p(self, prompt: str, answers: Sequence[str]) -> list[np.ndarray]:
+        """For each image and its answer the log-probability of each token of the conversation but
+        the first, given those before it: f64 [T-1]."""
+        encoded = [self._answered(prompt, answer) for answer in answers]
+        out = [np.zeros(0)] * len(answers)
+        for one in self._passes([[e.ids] for e in encoded], True):
+            log_p = self._log_p(one.ids, self._look(one.images, one.R, None))
+            for row, i, _ in one.places():
+                out[i] = log_p[row][: len(encoded[i].ids) - 1]
+        return out
+
     def blind_log_likelihood(self, prompt: str, answers: Sequence[str]) -> np.ndarray:
         """The same without any image, in one pass: f64[answers]."""
         encoded = [self._answered(prompt, answer) for answer in answers]
