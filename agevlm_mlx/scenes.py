@@ -14,6 +14,7 @@ EXAMPLES = """splits:
   train, val, test   the same bias: some nouns are frequent, themes come together
   uniform            no bias: any noun with any other
   balanced           the same without the pairs of combos, to train on
+  pairs              every picture of train's bias twice, with one noun exchanged for any other
   combos             pairs of nouns that never share a picture in train
   nouns              nouns that train does not have
 

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-Split = Literal["train", "val", "test", "uniform", "combos", "nouns", "balanced"]
+Split = Literal["train", "val", "test", "uniform", "combos", "nouns", "balanced", "pairs"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 
 #: Theme -> (noun, OpenMoji character), the most frequent first.
@@ -79,6 +79,18 @@ def sample_nouns(rng: np.random.Generator, split: Split) -> list[str]:
         pairs = any(held_out_pair(a, b) for i, a in enumerate(chosen) for b in chosen[:i])
         if pairs == (split == "combos") or split == "uniform":
             return [NOUNS[i] for i in rng.permutation(chosen)]
+
+
+def counterfactual(nouns: list[str], rng: np.random.Generator) -> list[str]:
+    """The same with one noun, any, replaced by another, any that may stand there in training."""
+    while True:
+        chosen = [NOUNS.index(noun) for noun in nouns]
+        spot, other = (int(rng.integers(n)) for n in (len(chosen), len(NOUNS)))
+        if other in chosen:
+            continue
+        chosen[spot] = other
+        if not any(held_out_pair(a, b) for i, a in enumerate(chosen) for b in chosen[:i]):
+            return [NOUNS[i] for i in chosen]
 
 
 def _sample(rng: np.random.Generator, n: int, *, biased: bool) -> list[int]:

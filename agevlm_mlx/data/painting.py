@@ -8,7 +8,7 @@ from importlib import resources
 import numpy as np
 from PIL import Image, ImageOps
 
-from .nouns import ALL_NOUNS, SPLITS, Split, sample_nouns
+from .nouns import ALL_NOUNS, SPLITS, Split, counterfactual, sample_nouns
 from .styles import Size, Style, draw_sprite, finish, sizes
 
 SIDE = 128  # px of a picture
@@ -72,9 +72,15 @@ def _background(rng: np.random.Generator) -> np.ndarray:
 
 
 def make_scene(seed: int, split: Split, index: int, style: Style = "plain") -> Scene:
-    """Picture `index` of a split: depends on these only, and its nouns not on the style."""
-    rng = np.random.default_rng([seed, SPLITS.index(split), index])
+    """Picture `index` of a split: depends on these only, and its nouns not on the style.
+
+    The second picture of ``pairs`` is the first once more, with another noun for one of it.
+    """
+    twin = split == "pairs" and index % 2 == 1
+    rng = np.random.default_rng([seed, SPLITS.index(split), index - twin])
     nouns = sample_nouns(rng, split)
+    if twin:
+        nouns = counterfactual(nouns, np.random.default_rng([seed, SPLITS.index(split), index, 3]))
     while True:
         scene = _paint(rng, nouns, style)
         if scene is not None:

@@ -226,6 +226,23 @@ def test_balanced_pictures_have_no_bias_and_no_held_out_pair() -> None:
     assert not any(has_held_out_pair(nouns) for nouns in drawn("balanced", 400))
 
 
+def test_pairs_differ_in_one_noun_and_nothing_else() -> None:
+    alike = 0
+    for i in range(0, 40, 2):
+        first, second = make_scene(6, "pairs", i), make_scene(6, "pairs", i + 1)
+        differ = [a != b for a, b in zip(first.nouns, second.nouns, strict=True)]
+        assert sum(differ) == 1
+        if first.sizes != second.sizes:
+            continue  # the other noun would have been hidden: laid out anew
+        spot = differ.index(True)
+        x0, y0, x1, y1 = np.concatenate([first.boxes[[spot]], second.boxes[[spot]]]).T
+        outside = np.ones((SIDE, SIDE), bool)
+        outside[max(y0.min() - 3, 0) : y1.max() + 3, max(x0.min() - 3, 0) : x1.max() + 3] = False
+        alike += bool((first.image[outside] == second.image[outside]).all())
+    assert alike >= 15
+    assert not any(has_held_out_pair(nouns) for nouns in drawn("pairs", 400))
+
+
 # --- rich texts
 
 
