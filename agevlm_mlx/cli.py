@@ -14,6 +14,7 @@ COMMANDS = {
     "serve": ("serve", "answer over HTTP, as OpenAI's chat completions do"),
     "benchmark": ("benchmark", "measure speed and memory here, next to the language model alone"),
     "train": ("train", "train a model from a recipe (the embedded one by default)"),
+    "experiment": ("experiment", "train arms x seeds, compare them, draw table and figures"),
     "evaluate": ("evaluate", "score a model on a benchmark"),
     "analyze": ("analyze", "see where a model looks, and whether it tells captions apart"),
     "teach": ("teach", "run the SAM teacher over images and store its masks and features"),

@@ -16,7 +16,8 @@ from .training.log import metrics_rows
 #: Points of a curve: a night has more steps than a picture has columns.
 _MOST = 800
 _TRAIN, _VALIDATION, _GREY = "#2f6bd8", "#d9730d", "#8a8f98"
-_STYLE: Any = {
+#: matplotlib's settings of all pictures of runs.
+STYLE: Any = {
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
@@ -132,7 +133,7 @@ def draw_curves(metrics: Path, path: Path, title: str, clip: float | None = None
         return
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         height = 0.5 + 2.35 * rows
         figure = Figure(figsize=(5.4 * columns, height))
         # By hand: matplotlib's own layouts draw everything twice.

@@ -58,22 +58,9 @@ def _run(
     seconds: dict[str, float] = {}
     processes: dict[str, subprocess.Popen[bytes]] = {}
     try:
-        with contextlib.ExitStack() as logs:
-            for task in tasks:
-                task.log.parent.mkdir(parents=True, exist_ok=True)
-                log = logs.enter_context(open(task.log, "wb"))
-                # A session of its own: the terminal's Ctrl-C comes here alone, and is passed
-                # on once (a second one would make a command leave without saving).
-                processes[task.name] = subprocess.Popen(
-                    list(task.command),
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    env={**os.environ, **(env or {})},
-                    pass_fds=tuple(keep),
-                    start_new_session=True,
-                )
-        line = _Line()
+        for task in tasks:
+            processes[task.name] = begin(task, env, keep)
+        line = Line()
         while len(seconds) < len(tasks):
             for task in tasks:
                 code = processes[task.name].poll()
@@ -82,27 +69,45 @@ def _run(
                 seconds[task.name] = time.monotonic() - start
                 if code != 0:
                     line.end()
-                    _fail(task, code)
+                    raise UserError(failure(task, code))
             line.show(status)
             time.sleep(poll)
         line.end()
     except BaseException:
-        _stop(list(processes.values()))
+        stop(list(processes.values()))
         raise
     return seconds
 
 
-def _fail(task: Task, code: int) -> None:
+def begin(
+    task: Task, env: Mapping[str, str] | None = None, keep: Sequence[int] = ()
+) -> "subprocess.Popen[bytes]":
+    """Start a task's command, which writes its log; env and keep as for `run`."""
+    task.log.parent.mkdir(parents=True, exist_ok=True)
+    with open(task.log, "wb") as log:
+        # A session of its own: the terminal's Ctrl-C comes here alone, and is passed on once
+        # (a second one would make a command leave without saving).
+        return subprocess.Popen(
+            list(task.command),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **(env or {})},
+            pass_fds=tuple(keep),
+            start_new_session=True,
+        )
+
+
+def failure(task: Task, code: int) -> str:
+    """Print the last lines of a command that failed; says how it ended, and where all are."""
     text = task.log.read_text(encoding="utf-8", errors="replace")
     lines = text.replace("\r", "\n").rstrip().splitlines()[-12:]
     print("\n".join(f"  {task.name} | {line}" for line in lines), file=sys.stderr)
     how = f"signal {-code}" if code < 0 else f"exit {code}"
-    raise UserError(
-        f"{task.name} failed ({how}); its last lines are above, all of them in {task.log}"
-    )
+    return f"{task.name} failed ({how}); its last lines are above, all of them in {task.log}"
 
 
-def _stop(processes: Sequence["subprocess.Popen[bytes]"]) -> None:
+def stop(processes: Sequence["subprocess.Popen[bytes]"]) -> None:
     """Ask every running process to end, wait for it to save, and kill it if it does not."""
     running = [process for process in processes if process.poll() is None]
     try:
@@ -120,7 +125,7 @@ def _stop(processes: Sequence["subprocess.Popen[bytes]"]) -> None:
                 process.wait()
 
 
-class _Line:
+class Line:
     """The progress: rewritten in place on a terminal, else a line every half minute."""
 
     def __init__(self) -> None:

@@ -56,6 +56,18 @@ def main(argv: list[str] | None = None) -> int:
         help="rich: also many wordings, conversations of several turns, whole sentences "
         "(default: short)",
     )
+    parser.add_argument(
+        "--masks",
+        action="store_true",
+        help="give the phrases of the texts their exact masks, which then guide training instead "
+        "of a teacher's",
+    )
+    parser.add_argument(
+        "--absent-phrases",
+        action="store_true",
+        help="also mark the nouns that a text names and the picture does not show, for "
+        "losses.attention.absent",
+    )
     args = parser.parse_args(argv)
 
     started = time.time()
@@ -65,7 +77,10 @@ def main(argv: list[str] | None = None) -> int:
             left = (time.time() - started) * (n - done) / done
             print(f"\rscenes {done}/{n}, {left:.0f} s left ", end="", file=sys.stderr, flush=True)
 
-    made = write_scenes(args.out, args.n, args.seed, args.split, progress, args.style, args.texts)
+    made = write_scenes(
+        args.out, args.n, args.seed, args.split, progress, args.style, args.texts,
+        masks=args.masks, absent=args.absent_phrases,
+    )  # fmt: skip
     if sys.stderr.isatty() and made:
         print(file=sys.stderr)
     kind = args.split if args.style == "plain" else f"{args.style} {args.split}"

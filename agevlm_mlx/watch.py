@@ -46,9 +46,10 @@ class Pictures:
         self.run, self.job, self.say = run, job, say
         self.folder = run / "pictures"
         self._said: set[str] = set()
-        attention = [s.losses.attention for s in job.recipe.stages if s.losses.attention.weight]
-        #: The same heads all the run, or a change of them would look like learning.
+        attention = [s.losses.attention for s in job.recipe.stages if s.losses.attention.guides]
+        #: The same heads and layers all the run, or a change of them would look like learning.
         self.heads = attention[-1].heads if attention else None
+        self.layers = attention[-1].layers if attention else None
 
     def row(self, row: Mapping[str, Any]) -> None:
         """Nothing: the curves are drawn from ``metrics.jsonl``."""
@@ -131,7 +132,7 @@ class Pictures:
             seen = model.look(model.project(model.encode(pixels)))
             cache = model.share(seen, 1)
             places = mx.array(rows), mx.array(columns)
-            attn_map = model.attend(mx.array(ids), cache, *places, self.heads)[1]
+            attn_map = model.attend(mx.array(ids), cache, *places, self.heads, self.layers)[1]
             found = np.array(attn_map.astype(mx.float32).mean(axis=(1, 2)))  # [P S]
         finally:
             model.train(learning)

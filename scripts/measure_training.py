@@ -45,13 +45,12 @@ from agevlm_mlx.benchmarking.training import (
 )
 from agevlm_mlx.config import FusionConfig
 from agevlm_mlx.data.batches import Batch
-from agevlm_mlx.data.text_rows import TextGroup
 from agevlm_mlx.evaluation import files
 from agevlm_mlx.malloc import keep_freed
 from agevlm_mlx.models.agevlm import AgeVLM
 from agevlm_mlx.training import build, stages
 from agevlm_mlx.training.losses import attention_loss, token_loss
-from agevlm_mlx.training.objective import read_texts
+from agevlm_mlx.training.objective import read_texts, text_loss
 from agevlm_mlx.training.rules import named_parameters, parameter_scales, set_trainable
 from agevlm_mlx.training.stages import AttentionLoss, Losses
 
@@ -162,11 +161,11 @@ def nested(case: Case) -> dict[str, Step]:
         parts = [(read(n) * slope).sum() for n, slope in enumerate(slopes)]
         return mx.stack(parts).sum()
 
-    def token_part(logits: mx.array, group: TextGroup) -> mx.array:
-        return token_loss(logits, group.labels, group.loss_mask)[0]
-
     def with_loss() -> mx.array:
-        parts = [token_part(read(n), group) for n, group in enumerate(batch.groups)]
+        parts = [
+            token_loss(read(n), group.labels, group.loss_mask)[0]
+            for n, group in enumerate(batch.groups)
+        ]
         return mx.stack(parts).sum()
 
     def looking(z_img: mx.array, guided: bool) -> mx.array:
@@ -174,7 +173,7 @@ def nested(case: Case) -> dict[str, Step]:
         for group in batch.groups:
             asked = guided and bool(group.weight.any())
             logits, maps = read_texts(model, seen, group, guided=asked, heads=attention.heads)
-            total = total + token_part(logits, group)
+            total = total + text_loss(logits, group)[0]
             if maps is not None:
                 total = total + attention_loss(
                     maps, mx.array(group.target), mx.array(group.weight), attention.kind

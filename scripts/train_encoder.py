@@ -4,7 +4,7 @@ It stands in for the pretrained CLIP of the paper, as small as the rest of the e
 example, and learns on scenes made for this purpose alone. Two are made:
 
     python scripts/train_encoder.py --steps 4000 --out agevlm_mlx/assets/encoder
-    python scripts/train_encoder.py --large --steps 16000 --n 40000 --out runs/encoder/large
+    python scripts/train_encoder.py --large --steps 6000 --n 40000 --out runs/encoder/large
 
 The first is that of the `scenes` recipes, a tagger: the mean of its tokens is classified into the
 nouns (multi-label); 0.12 s a step on one core. The second, from which the default model starts,

@@ -4,7 +4,7 @@ A batch is a pure function of the seed and the step number, so that a resumed ru
 exactly what an undisturbed one would have seen. Everything here may be called by several threads.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any, Literal
@@ -13,7 +13,7 @@ import numpy as np
 
 from ..errors import UserError
 from .bounded import Bounded
-from .chat import Encoded, encode
+from .chat import POSITIONS, Encoded, Position, encode
 from .guidance import Guidance, Targets
 from .image import Geometry, Preprocessor, load_image
 from .image_files import image_bytes
@@ -79,6 +79,7 @@ class Batches:
     usable one of the order takes its place (``skip``), the same whenever the step is made. A text
     of more than `max_tokens` cannot be used. shuffle_masks: every phrase that is guided is guided
     by the mask of a random phrase of another image instead, which is drawn anew each time.
+    positions: which positions of a phrase are guided. absent: mark those of absent things, too.
     """
 
     def __init__(
@@ -96,13 +97,15 @@ class Batches:
         bucket: int = 0,
         pack: bool = False,
         shuffle_masks: bool = False,
+        positions: Collection[Position] = POSITIONS,
+        absent: bool = False,
         on_error: Literal["stop", "skip"] = "stop",
         max_tokens: int | None = None,
     ) -> None:
         self.records, self.tokenizer, self.preprocessor = records, tokenizer, preprocessor
         self.batch_size, self.groups, self.seed = batch_size, tuple(groups), seed
         self.flip, self.pack, self.on_error = flip, pack, on_error
-        self.max_tokens = max_tokens
+        self.max_tokens, self.positions, self.absent = max_tokens, positions, absent
         self._cells = grid[0] * grid[1]
         self._guidance = Guidance(store, records.root, grid)
         #: For each group the numbers of its kinds, in the order in which they are drawn from.
@@ -281,10 +284,20 @@ class Batches:
     def _text(self, record: Record, encoded: Encoded, targets: Sequence[np.ndarray | None]) -> Text:
         last = len(encoded.ids) - 1  # is predicted, but predicts nothing
         guided: list[tuple[int, np.ndarray]] = []
-        for span, target in zip(encoded.spans, targets, strict=True):
+        absent: list[int] = []
+        for phrase, span, positions, target in zip(
+            record.phrases, encoded.spans, encoded.positions, targets, strict=True
+        ):
+            kept = [
+                at
+                for at, position in zip(span, positions, strict=True)
+                if at < last and position in self.positions
+            ]
             if target is not None:
-                guided += [(at, target) for at in span if at < last]
-        return Text(record.id, encoded, tuple(guided))
+                guided += [(at, target) for at in kept]
+            elif phrase.absent and self.absent:
+                absent += kept
+        return Text(record.id, record.kind, encoded, tuple(guided), tuple(absent))
 
     def _borrowed(self, rng: np.random.Generator, image: int, flip: bool) -> np.ndarray:
         """f32 [S], the mask of a random phrase of a random image other than `image`."""

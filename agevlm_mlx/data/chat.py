@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, Literal, get_args
 
 from jinja2 import TemplateError
 
@@ -22,17 +22,26 @@ CHAT_TEMPLATE = (
 )
 
 
+#: What a position has to do with a phrase: it is one of its tokens; or the one before a phrase of
+#: an answer, where its first token is chosen; or the last one before the answer to a question with
+#: the phrase, where the answer is chosen.
+Position = Literal["word", "before", "answer"]
+POSITIONS: tuple[Position, ...] = get_args(Position)
+
+
 @dataclass(frozen=True)
 class Encoded:
     """A conversation in tokens.
 
     ids: the whole sequence. loss_mask: 1 on the tokens of the answers, with the one that ends
     each. spans: for each phrase, the positions in `ids` whose attention should go to it.
+    positions: what each of these is.
     """
 
     ids: tuple[int, ...]
     loss_mask: tuple[int, ...]
     spans: tuple[tuple[int, ...], ...]
+    positions: tuple[tuple[Position, ...], ...]
 
 
 def build_tokenizer(texts: Iterable[str], vocab_size: int = 768) -> Any:
@@ -115,8 +124,12 @@ def encode(tokenizer: Any, turns: Sequence[Turn], phrases: Sequence[Phrase]) -> 
             loss_mask[i] = 1
             if offsets[i][0] >= places[k][1]:  # the token that ends the turn, nothing after it
                 break
-    spans = tuple(_span(p, places[p.turn][0], turns, offsets, answer_at) for p in phrases)
-    return Encoded(tuple(ids), tuple(loss_mask), spans)
+    found = [_span(p, places[p.turn][0], turns, offsets, answer_at) for p in phrases]
+    spans = tuple(tuple(at for at, _ in span) for span in found)
+    positions: tuple[tuple[Position, ...], ...] = tuple(
+        tuple(position for _, position in span) for span in found
+    )
+    return Encoded(tuple(ids), tuple(loss_mask), spans, positions)
 
 
 def _places(
@@ -152,20 +165,20 @@ def _span(
     turns: Sequence[Turn],
     offsets: Sequence[tuple[int, int]],
     answer_at: dict[int, int],
-) -> tuple[int, ...]:
+) -> list[tuple[int, Position]]:
     low, high = place + phrase.start, place + phrase.end
     own = [i for i, (a, b) in enumerate(offsets) if a < high and b > low and b > a]
     if not own:
         raise UserError(f"tokenizer: no token covers the phrase {phrase.text!r}")
     first_word = low + len(phrase.text.split()[0])
     known = max(i for i in own if offsets[i][0] < first_word)
-    kept = [i for i in own if i >= known]
+    kept: list[tuple[int, Position]] = [(i, "word") for i in own if i >= known]
     if turns[phrase.turn].role == "assistant":
-        return tuple(([own[0] - 1] if own[0] else []) + kept)
+        return [(own[0] - 1, "before"), *kept] if own[0] else kept
     answer = next(
         (answer_at[k] for k in range(phrase.turn + 1, len(turns)) if k in answer_at), None
     )
-    return tuple(kept + ([answer - 1] if answer is not None else []))
+    return kept if answer is None else [*kept, (answer - 1, "answer")]
 
 
 def _fast(tokenizer: Any) -> Any:

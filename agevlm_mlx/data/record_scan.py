@@ -36,7 +36,7 @@ class Index:
         self.images: dict[str, int] = {}
         self.kinds: dict[str, int] = {}
         self.image_of, self.kind_of, self.length_of = array("i"), array("h"), array("i")
-        self.guided, self.masked = bytearray(), bytearray()
+        self.guided, self.masked, self.absent = bytearray(), bytearray(), bytearray()
 
     def add(self, record: Record, image: str) -> None:
         """Append a record about the image at the path `image`."""
@@ -46,7 +46,8 @@ class Index:
         self.image_of.append(self.images.setdefault(image, len(self.images)))
         self.length_of.append(characters(record))
         self.masked.append(any(p.mask is not None for p in record.phrases))
-        self.guided.append(any(p.box or p.point or p.mask is not None for p in record.phrases))
+        self.guided.append(any(p.placed for p in record.phrases))
+        self.absent.append(any(p.absent for p in record.phrases))
 
 
 def characters(record: Record) -> int:

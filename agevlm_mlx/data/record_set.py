@@ -50,7 +50,7 @@ class Records(Sequence[Record]):
     order of their first record; kinds: the distinct kinds. Of each of the n records: image_of
     i32 [n] and kind_of i16 [n] are their numbers in these, length_of i32 [n] the characters of
     its turns, guided bool [n] whether a phrase has a box, a point or a mask, masked bool [n]
-    whether one has a mask of its own.
+    whether one has a mask of its own, absent bool [n] whether one is of something absent.
 
     Left out: problems (with ``on_error="skip"``), excluded (how many are about an image of an
     exclusion list), text_only (how many are about no image).
@@ -75,6 +75,7 @@ class Records(Sequence[Record]):
         self.length_of = np.frombuffer(index.length_of, np.int32)
         self.guided = np.frombuffer(index.guided, np.bool_)
         self.masked = np.frombuffer(index.masked, np.bool_)
+        self.absent = np.frombuffer(index.absent, np.bool_)
         self.problems, self.excluded, self.text_only = list(problems), excluded, text_only
         self._by_image = np.argsort(self.image_of, kind="stable").astype(np.int32)
         counts = np.bincount(self.image_of, minlength=len(self.images))
@@ -117,6 +118,7 @@ class Records(Sequence[Record]):
         index.length_of = array("i", self.length_of[numbers].tobytes())
         index.guided = bytearray(self.guided[numbers].tobytes())
         index.masked = bytearray(self.masked[numbers].tobytes())
+        index.absent = bytearray(self.absent[numbers].tobytes())
         left_out = (self.problems, self.excluded, self.text_only)
         return Records(self.root, index, _Some(self, numbers), *left_out)
 

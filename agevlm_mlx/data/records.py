@@ -7,6 +7,8 @@ Our JSONL, one record a line (``phrases`` and ``kind`` are optional)::
                        {"role": "assistant", "content": "Yes"}],
      "phrases": [{"text": "dog", "turn": 0, "start": 11, "end": 14, "box": [9, 8, 60, 50]}]}
 
+A phrase about something that is not in the picture may say ``"absent": true`` instead of a place.
+
 LLaVA's records (``from``/``value``, ``<image>`` tags) are read the same way, and ``images`` with
 one entry. ``image_names`` lists further names of a picture, for lists of excluded images.
 `record_set` reads whole files of records, `formats` lists the other formats.
@@ -36,7 +38,8 @@ CAPTION_PROMPT = "Describe the image."
 class Phrase:
     """Words of a turn and where they are in the picture, in its own pixels.
 
-    start, end: character span in the turn's text. box: x0 y0 x1 y1. mask: COCO RLE.
+    start, end: character span in the turn's text. box: x0 y0 x1 y1. mask: COCO RLE. absent: it is
+    known to be nowhere in the picture.
     """
 
     text: str
@@ -46,6 +49,12 @@ class Phrase:
     box: tuple[float, float, float, float] | None = None
     point: tuple[float, float] | None = None
     mask: Mapping[str, Any] | None = None
+    absent: bool = False
+
+    @property
+    def placed(self) -> bool:
+        """Whether it says where in the picture it is."""
+        return self.box is not None or self.point is not None or self.mask is not None
 
 
 @dataclass(frozen=True)
@@ -169,7 +178,11 @@ def to_json(record: Record) -> str:
     }
     if record.phrases:
         item["phrases"] = [
-            {key: value for key, value in vars(phrase).items() if value is not None}
+            {
+                key: value
+                for key, value in vars(phrase).items()
+                if value is not None and value is not False
+            }
             for phrase in record.phrases
         ]
     if record.image_names:
@@ -218,7 +231,15 @@ def _phrase(item: Any, turns: Sequence[Turn], where: str) -> Phrase:
     mask = item.get("mask")
     if mask is not None and not isinstance(mask, dict):
         raise UserError(f"{where}: expected COCO RLE in 'mask', got {type(mask).__name__}")
-    return Phrase(text, turn, start, end, box, point, mask)  # pyright: ignore[reportArgumentType]
+    absent = item.get("absent")
+    if absent is not None and not isinstance(absent, bool):
+        raise UserError(f"{where}: expected true or false in 'absent', got {absent!r:.60}")
+    phrase = Phrase(text, turn, start, end, box, point, mask, bool(absent))  # pyright: ignore[reportArgumentType]
+    if phrase.absent and phrase.placed:
+        raise UserError(
+            f"{where}: the phrase {text!r} is absent and has a place; drop 'absent' or the place"
+        )
+    return phrase
 
 
 def numbers(item: Mapping[str, Any], key: str, n: int, where: str) -> tuple[float, ...] | None:

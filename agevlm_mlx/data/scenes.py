@@ -27,6 +27,7 @@ from ..sam.targets import rle_encode
 from .nouns import ALL_NOUNS, NOUNS, SPLITS, Split
 from .painting import SIDE, make_scene
 from .scene_dialogues import rich_records
+from .scene_marks import mark_absent, mark_masks
 from .scene_texts import POPE_KINDS, caption, pope_questions, scene_records
 from .styles import STYLES, Style
 
@@ -46,12 +47,15 @@ def write_scenes(
     progress: Callable[[int, int], None] | None = None,
     style: Style = "plain",
     texts: Texts = "short",
+    masks: bool = False,
+    absent: bool = False,
 ) -> bool:
     """Write `n` pictures of a split to the folder `out`; False when it was there already.
 
     Another `style` draws the same nouns otherwise (see `styles`); questions are the same too, but
     for some of "scaled", which are about sizes and places. The ``rich`` texts are those of
-    `scene_dialogues` after the ``short`` ones.
+    `scene_dialogues` after the ``short`` ones. masks: phrases have exact masks beside their boxes.
+    absent: nouns that a text names and the picture does not show are phrases, marked as absent.
     `progress` is called with (done, n). A folder left by an interrupted run is completed;
     one with other contents is refused with ``UserError``.
     """
@@ -71,6 +75,7 @@ def write_scenes(
         raise UserError(f"texts: expected {', '.join(TEXTS)}, got {texts!r}")
     if texts != "short":
         about["texts"] = texts
+    about |= {name: True for name, on in (("masks", masks), ("absent", absent)) if on}
     if _finished(out, about):
         return False
     images = out / "images"
@@ -80,9 +85,8 @@ def write_scenes(
         images.mkdir(exist_ok=True)
     except (PermissionError, FileExistsError, NotADirectoryError) as error:
         raise UserError(f"{out}: expected a folder that can be written, {error.strerror}") from None
-    jobs = [
-        (str(images), seed, split, style, texts, i, min(i + _CHUNK, n)) for i in range(0, n, _CHUNK)
-    ]
+    drawn = (str(images), seed, split, style, texts, masks, absent)
+    jobs = [(*drawn, i, min(i + _CHUNK, n)) for i in range(0, n, _CHUNK)]
     parts, done = [], 0
     with contextlib.closing(_run(jobs)) as finished:
         for part in finished:
@@ -123,7 +127,8 @@ def _brief(about: Any) -> str:
         return "unreadable scenes.json"
     known = {"style": "plain", "texts": "short"} | about
     keys = ("split", "n", "seed", "style", "texts", "version")
-    return " ".join(f"{key}={known.get(key)}" for key in keys)
+    marks = [key for key in ("masks", "absent") if known.get(key)]
+    return " ".join([*(f"{key}={known.get(key)}" for key in keys), *marks])
 
 
 def _run(jobs: list[tuple]) -> Generator[dict[str, Any], None, None]:
@@ -158,9 +163,11 @@ def _can_spawn() -> bool:
     return getattr(main, "__spec__", None) is not None or script is None or Path(script).is_file()
 
 
-def _paint_chunk(job: tuple[str, int, Split, Style, Texts, int, int]) -> dict[str, Any]:
+def _paint_chunk(
+    job: tuple[str, int, Split, Style, Texts, bool, bool, int, int],
+) -> dict[str, Any]:
     """Paint pictures first .. last-1 and describe them; runs in a worker process."""
-    folder, seed, split, style, texts, first, last = job
+    folder, seed, split, style, texts, masks, absent, first, last = job
     part: dict[str, Any] = {"images": [], "captions": [], "annotations": [], "records": []}
     part.update({kind: [] for kind in POPE_KINDS})
     for i in range(first, last):
@@ -185,10 +192,15 @@ def _paint_chunk(job: tuple[str, int, Split, Style, Texts, int, int]) -> dict[st
                     "segmentation": rle_encode(mask),
                 }
             )
-        part["records"] += scene_records(scene, f"{i:06d}", f"images/{name}", rng)
+        records = scene_records(scene, f"{i:06d}", f"images/{name}", rng)
         if texts == "rich":
             rng_rich = np.random.default_rng([seed, SPLITS.index(split), i, 2])
-            part["records"] += rich_records(scene, f"{i:06d}", f"images/{name}", rng_rich)
+            records += rich_records(scene, f"{i:06d}", f"images/{name}", rng_rich)
+        if masks:
+            mark_masks(records, scene)
+        if absent:
+            mark_absent(records, scene)
+        part["records"] += records
         for kind, questions in pope_questions(scene, name, rng).items():
             part[kind] += questions
     return part

@@ -13,11 +13,14 @@ TOKENS, ROWS = 4, 32
 
 @dataclass(frozen=True)
 class Text:
-    """A record drawn for a batch. guided: columns of its row, and f32 [S], where they look."""
+    """A record drawn for a batch. guided: columns of its row, and f32 [S], where they look.
+    absent: columns that are about something absent."""
 
     record_id: str
+    kind: str
     encoded: Encoded
     guided: tuple[tuple[int, np.ndarray], ...]
+    absent: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         """Positions in a row: the last token is predicted, but predicts nothing."""
@@ -30,6 +33,8 @@ class TextGroup:
 
     ids, labels (the next token): i32 [B R T]; loss_mask: f32 [B R T], 1 where the label counts.
     rows (b*R + r), cols: i32 [P]; target: f32 [P S], mask coverage 0..1; weight: f32 [P].
+    absent: f32 [P], 1 for positions (of weight 0) that are about something absent; None without.
+    kinds: of each of the B*R rows, those of its texts, one after another.
     segments: i32 [B R T], for packed rows the number of the text that a position belongs to,
     -1 for padding; None where a row is one text.
     """
@@ -42,6 +47,14 @@ class TextGroup:
     target: np.ndarray
     weight: np.ndarray
     segments: np.ndarray | None = None
+    absent: np.ndarray | None = None
+    kinds: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def supervised(self) -> tuple[np.ndarray, np.ndarray]:
+        """Rows (b*R + r) and columns i64 [n] of the positions whose label counts, in order."""
+        rows, columns = np.nonzero(self.loss_mask.reshape(-1, self.loss_mask.shape[-1]))
+        return rows, columns
 
 
 def round_up(n: int, step: int = TOKENS) -> int:
@@ -60,7 +73,7 @@ def text_group(
     ids, labels = (np.full((B * R, T), pad, np.int32) for _ in range(2))
     loss_mask = np.zeros((B * R, T), np.float32)
     segments = np.full((B * R, T), -1, np.int32)
-    guided: list[tuple[int, int, np.ndarray]] = []
+    guided: list[tuple[int, int, np.ndarray | None]] = []
     for row, texts in enumerate(texts for image in rows for texts in image):
         start = 0
         for number, text in enumerate(texts):
@@ -69,13 +82,18 @@ def text_group(
             loss_mask[row, here] = encoded.loss_mask[1:]
             segments[row, here] = number
             guided += [(row, start + column, target) for column, target in text.guided]
+            guided += [(row, start + column, None) for column in text.absent]
             start += len(text)
     P = round_up(len(guided), ROWS)
     place = np.zeros((2, P), np.int32)
     target = np.zeros((P, cells), np.float32)
-    weight = np.zeros(P, np.float32)
+    weight, absent = np.zeros(P, np.float32), np.zeros(P, np.float32)
     for p, (row, column, coverage) in enumerate(guided):
-        place[:, p], target[p], weight[p] = (row, column), coverage, 1
+        place[:, p] = row, column
+        if coverage is None:
+            absent[p] = 1
+        else:
+            target[p], weight[p] = coverage, 1
     shape = (B, R, T)
     return TextGroup(
         ids.reshape(shape),
@@ -86,4 +104,6 @@ def text_group(
         target,
         weight,
         segments.reshape(shape) if packed else None,
+        absent if absent.any() else None,
+        tuple(tuple(text.kind for text in texts) for image in rows for texts in image),
     )

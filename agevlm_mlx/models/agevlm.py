@@ -8,7 +8,7 @@ that takes a prompt cache works on images too.
 import contextlib
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -196,7 +196,8 @@ class AgeVLM(nn.Module):
         ids = mx.zeros(z_img.shape[:2], mx.int32)
         # Images that follow each other at the start are one prefix.
         at_start = isinstance(cache[0].offset, int) and cache[0].offset == cache[0].prefix
-        self.language_model.model(ids, cache=cache, input_embeddings=z_img)
+        own = z_img.astype(z_img.dtype)  # Gemma scales in place what it is given
+        self.language_model.model(ids, cache=cache, input_embeddings=own)
         for entry in cache:
             if at_start:
                 entry.prefix += z_img.shape[1]
@@ -207,30 +208,41 @@ class AgeVLM(nn.Module):
         inputs: mx.array,
         cache: list[Any] | None = None,
         input_embeddings: mx.array | None = None,
+        *,
+        keep: Callable[[mx.array], mx.array] | None = None,
     ) -> mx.array:
-        """ids int32 [B T] -> logits [B T V], as any mlx-lm model."""
-        if input_embeddings is not None:
-            return self.language_model(inputs, cache=cache, input_embeddings=input_embeddings)
-        return self.language_model(inputs, cache=cache)
+        """ids int32 [B T] -> logits [B T V], as any mlx-lm model.
+
+        keep: chooses positions of an array [B T ..]. The output layer, often the largest of a
+        small model, is computed for them only, so that the logits are ``keep(logits)``.
+        """
+        more = {} if input_embeddings is None else {"input_embeddings": input_embeddings}
+        if keep is None:
+            return self.language_model(inputs, cache=cache, **more)
+        trunk, kept = self.language_model.model, False
+
+        def chosen(out: mx.array) -> mx.array:
+            nonlocal kept
+            kept = True
+            return keep(out)
+
+        trunk.keep = chosen
+        try:
+            logits = self.language_model(inputs, cache=cache, **more)
+        finally:
+            trunk.keep = None
+        return logits if kept else keep(logits)
 
     def last_logits(
         self, inputs: mx.array, cache: list[Any], last: mx.array | None = None
     ) -> mx.array:
         """ids int32 [B T] -> logits [B 1 V] of the last position, or of the positions `last`
-        int32 [B] (rows that are padded on the right).
-
-        The output layer, often the largest of a small model, is computed for them only.
-        """
+        int32 [B] (rows that are padded on the right)."""
 
         def keep(out: mx.array) -> mx.array:
             return out[:, -1:] if last is None else out[mx.arange(len(last)), last][:, None]
 
-        trunk = self.language_model.model
-        trunk.keep = keep
-        try:
-            return self(inputs, cache)[:, -1:]
-        finally:
-            trunk.keep = None
+        return self(inputs, cache, keep=keep)
 
     def attend(
         self,
@@ -239,10 +251,14 @@ class AgeVLM(nn.Module):
         rows: mx.array,
         cols: mx.array,
         heads: int | None = None,
+        layers: Collection[int] | None = None,
+        *,
+        keep: Callable[[mx.array], mx.array] | None = None,
     ) -> tuple[mx.array, mx.array]:
         """Like the call, and where the tokens at (row, col) look.
 
-        rows, cols: int32 [P], positions in `inputs`. heads: keep only the first ones.
+        rows, cols: int32 [P], positions in `inputs`. heads: keep only the first ones. layers: only
+        these of the layers that look, counted from 0; the maps of others are not computed.
         Returns logits [B T V] and maps fp32 [P L heads S]: for each of the L looking layers
         the attention over the image tokens, without the null slot (and for concat without
         the text), so a map sums to the share that goes to the image.
@@ -252,10 +268,11 @@ class AgeVLM(nn.Module):
         blind = [c for c in looking if c.vision is None and not c.prefix]
         if blind:
             raise ValueError("expected a cache with an image at its start: use see() or look()")
-        for entry in looking:
-            entry.request = request
+        for number, entry in enumerate(looking):
+            if layers is None or number in layers:
+                entry.request = request
         try:
-            logits = self(inputs, cache)
+            logits = self(inputs, cache, keep=keep)
         finally:
             for entry in looking:
                 entry.request = None

@@ -152,7 +152,7 @@ _grounded_classes: dict[type, type] = {}
 
 def _trunk(trunk_class: type) -> type:
     """`trunk_class`, everything of a language model before its output layer, with a call that
-    hands on one position of each row alone when it is told so (``AgeVLM.last_logits``)."""
+    hands on chosen positions alone when it is told so (``AgeVLM.__call__``)."""
     if trunk_class not in _trunk_classes:
 
         @functools.wraps(trunk_class.__call__)

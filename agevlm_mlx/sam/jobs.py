@@ -89,7 +89,7 @@ class Jobs:
             for phrase in record.phrases:
                 where = phrase.box or phrase.point
                 if where is None:
-                    if phrase.mask is None:
+                    if phrase.mask is None and not phrase.absent:
                         self._refuse(record.id, phrase)
                     continue  # training reads the mask itself: nothing to look up by
                 name = prompt_key(where)

@@ -74,6 +74,9 @@ class Job:
             flip=data.flip,
             bucket=data.bucket,
             pack=stage.pack,
+            shuffle_masks=data.shuffle_masks,
+            positions=stage.losses.attention.positions,
+            absent=stage.losses.attention.absent > 0,
             on_error=data.on_error,
             max_tokens=data.max_tokens,
         )
@@ -160,7 +163,7 @@ def prepare(
         for stage in recipe.stages:
             parameter_scales(model, stage)
             job.batches(stage)  # are its texts there?
-            _check_heads(model, stage)
+            _check_attention(model, stage)
             reason = why_not_packed(model) if stage.pack else None
             if reason:
                 raise UserError(f"stage '{stage.name}': pack: {reason}; set pack = false")
@@ -238,8 +241,20 @@ def export(job: Job, folder: Path) -> None:
     weights.save_model(folder, job.model, job.tokenizer, job.preprocessor, _card(job, folder))
 
 
-def _check_heads(model: AgeVLM, stage: Stage) -> None:
-    wanted = stage.losses.attention.heads
+def _check_attention(model: AgeVLM, stage: Stage) -> None:
+    attention = stage.losses.attention
+    wanted, looking = attention.heads, len(model.looking_layers)
+    if attention.layers is not None and max(attention.layers) >= looking:
+        raise UserError(
+            f"stage '{stage.name}': losses.attention.layers: expected numbers below {looking}, the "
+            f"layers that look at the image, got {list(attention.layers)}"
+        )
+    fusion = model.config.fusion_config
+    if attention.absent > 0 and not (fusion.fusion == "cross" and fusion.null_slot):
+        raise UserError(
+            f"stage '{stage.name}': losses.attention.absent > 0 needs cross-attention with a null "
+            'slot (model.fusion_config: fusion = "cross", null_slot = true); set it to 0'
+        )
     layer = model.layers[model.looking_layers[0]]
     there = layer["cross_attn"].n_heads if "cross_attn" in layer else model.args.num_attention_heads
     if wanted is not None and wanted > there:
@@ -249,20 +264,25 @@ def _check_heads(model: AgeVLM, stage: Stage) -> None:
 
 
 def _make_scenes(data: DataSpec, say: Say) -> None:
-    if data.scenes is None:
+    spec = data.scenes
+    if spec is None:
         return
     wanted: list[tuple[Path, int, int, scenes.Split]] = [
-        (data.train, data.scenes.n, data.scenes.seed, "train")
+        (data.train, spec.n, spec.seed, spec.split)
     ]
     if data.val is not None:
-        wanted.append((data.val, data.scenes.val, data.scenes.seed + 1, "val"))
+        split = "val" if spec.split == "train" else spec.split
+        wanted.append((data.val, spec.val, spec.seed + 1, split))
     for folder, n, seed, split in wanted:
         whole = (folder / "scenes.json").exists()
         if folder.exists() and not whole and not (folder / ".unfinished").exists():
             continue  # other data: the user has set data.train
         if not whole:
             say(f"drawing {n} scenes in {folder}")
-        scenes.write_scenes(folder, n, seed, split)
+        scenes.write_scenes(
+            folder, n, seed, split, style=spec.style, texts=spec.texts, masks=spec.masks,
+            absent=spec.absent,
+        )  # fmt: skip
 
 
 def _records(data: DataSpec, key: Literal["train", "val"], say: Say) -> Records:
@@ -277,6 +297,13 @@ def _records(data: DataSpec, key: Literal["train", "val"], say: Say) -> Records:
     records = read_records(path, on_error=data.on_error, exclude=exclude)
     for note in records.notes():
         say(f"data.{key}: {note}")
+    if key == "train" and data.images is not None:
+        if data.images > len(records.images):
+            raise UserError(
+                f"data.images: expected at most {len(records.images):,}, the images of {path}, "
+                f"got {data.images:,}"
+            )
+        return records.first_images(data.images)
     return records
 
 

@@ -81,10 +81,16 @@ class Labelling:
                     f"stage '{stage.name}': losses.features > 0 needs data.store, made with "
                     "`agevlm teach --features`"
                 )
-            if stage.losses.attention.weight == 0:
-                continue
             kinds = {kind for spec in stage.texts for kind in spec.kinds}
             own = np.isin(records.kind_of, [n for n, k in enumerate(records.kinds) if k in kinds])
+            if stage.losses.attention.absent > 0 and not records.absent[own].any():
+                raise UserError(
+                    f"stage '{stage.name}': losses.attention.absent > 0, but no phrase in texts of "
+                    'its kinds says "absent": true; mark phrases about absent things, as `agevlm '
+                    "scenes --absent-phrases` does, or set it to 0"
+                )
+            if not stage.losses.attention.guides:
+                continue
             if not records.guided[own].any():
                 raise UserError(
                     f"stage '{stage.name}': losses.attention.weight > 0, but no text of its kinds "

@@ -5,7 +5,9 @@ image token, summing to at most 1), and how much of each token's cell the object
 ``target`` f32[P S] in 0..1. They return f32[P], are 0 (up to ``EPS``) at their optimum, and are
 combined by `attention_loss`. Sources: -log mass and its weight from our own trials; KL from
 KLAL (arXiv 2511.12738); Dice from F-LMM and LISA, on maps divided by their maximum because
-softmax maps are far below 1; (1 - E)^2 from TokenCompose and layout guidance.
+softmax maps are far below 1; (1 - E)^2 from TokenCompose and layout guidance; the sum of BCE and
+Dice from F-LMM (arXiv 2406.05821) and LISA (arXiv 2308.00692), BCE of attention maps from
+TokenCompose (arXiv 2312.03626).
 """
 
 from collections.abc import Callable
@@ -17,6 +19,9 @@ import numpy as np
 EPS = 1e-6
 #: Share of the KL target spread evenly over all tokens, so that no token has probability 0.
 SMOOTHING = 0.05
+#: How far from 0 and 1 the numbers stay that `bce_dice` takes logarithms of: a map divided by its
+#: maximum is 0 in most places, and 1 in one wherever that is.
+EDGE = 0.01
 
 
 Array = mx.array | np.ndarray
@@ -26,14 +31,17 @@ def token_loss(logits: mx.array, labels: Array, loss_mask: Array) -> tuple[mx.ar
     """The summed cross-entropy of the tokens in `loss_mask`, and their summed weight.
 
     `logits` [.. V], one row for each of `labels` i32 and `loss_mask` f32 (0 leaves a token out),
-    in any shape. The rows in the mask are gathered first: most tokens are prompt or padding, and
-    the exponentials of a log-sum-exp over the vocabulary are what is slow here on a CPU.
+    in any shape. Rows outside the mask are dropped first: the exponentials of a log-sum-exp over
+    the vocabulary are what is slow here on a CPU.
     """
     weights = np.asarray(loss_mask, dtype=np.float32).reshape(-1)
     rows = np.flatnonzero(weights)
     if not rows.size:
         return mx.array(0.0), 0.0
-    picked = logits.reshape(-1, logits.shape[-1])[mx.array(rows)].astype(mx.float32)
+    picked = logits.reshape(-1, logits.shape[-1])
+    if rows.size < weights.size:
+        picked = picked[mx.array(rows)]
+    picked = picked.astype(mx.float32)
     wanted = mx.array(labels).reshape(-1)[mx.array(rows)]
     chosen = mx.take_along_axis(picked, wanted[:, None], axis=-1)[:, 0]
     cross_entropy = mx.logsumexp(picked, axis=-1) - chosen
@@ -85,11 +93,28 @@ def dice(attn: mx.array, target: mx.array) -> mx.array:
     return 1.0 - overlap / (given.square().sum(-1) + wanted.square().sum(-1) + EPS)
 
 
+def bce_dice(attn: mx.array, target: mx.array) -> mx.array:
+    """`dice` plus the mean binary cross-entropy of the same two, beyond that of the mask itself.
+
+    The cross-entropy judges every token by itself: unlike a share of mass it also says where in
+    the object nothing looks. What a soft mask costs even at its best is subtracted, so that 0 is
+    the optimum. Both are kept within `EDGE` .. 1 - `EDGE`.
+    """
+    wanted = EDGE + (1.0 - 2.0 * EDGE) * soft_mask(target)
+    given = attn / mx.maximum(attn.max(-1, keepdims=True), EPS)
+    given = EDGE + (1.0 - 2.0 * EDGE) * given
+    beyond = wanted * mx.log(wanted / given) + (1.0 - wanted) * mx.log(
+        (1.0 - wanted) / (1.0 - given)
+    )
+    return dice(attn, target) + beyond.mean(-1)
+
+
 LOSSES: dict[str, Callable[[mx.array, mx.array], mx.array]] = {
     "mass": minus_log_mass,
     "one_minus_mass": one_minus_mass,
     "kl": kl,
     "dice": dice,
+    "bce_dice": bce_dice,
 }
 
 
@@ -107,6 +132,18 @@ def attention_loss(
     target = mx.where(kept[:, None], target.astype(mx.float32), 1.0)
     per_row = LOSSES[kind](attn, target)
     return (per_row * weight).sum() / mx.maximum(weight.sum(), EPS)
+
+
+def absent_loss(attn_map: mx.array, weight: mx.array) -> mx.array:
+    """Mean of -log of what does not go to the image over rows weighted by `weight` f32[P].
+
+    `attn_map` [P L N' S] as for `attention_loss`, of layers with a null slot, to which the rest of
+    their attention goes: a word about nothing in the picture should look at nothing in it.
+    """
+    kept = weight > 0
+    attn = mx.where(kept[:, None], attn_map.astype(mx.float32).mean(axis=(1, 2)), 0.0)
+    null = mx.maximum(1.0 - attn.sum(-1), 0.0)  # a sum of shares may round to above 1
+    return (-mx.log(null + EPS) * weight).sum() / mx.maximum(weight.sum(), EPS)
 
 
 def feature_loss(predicted: mx.array, target: mx.array, valid: mx.array) -> mx.array:

@@ -1,6 +1,7 @@
 """The loss of a batch: one pass of the encoder, one of the language model per group of texts."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +13,14 @@ from mlx.utils import tree_unflatten
 from ..data.batches import Batch, TextGroup
 from ..errors import UserError
 from ..models.agevlm import AgeVLM
-from .losses import EPS, attention_loss, feature_loss, soft_mask, token_loss
-from .stages import Losses
+from .losses import EPS, absent_loss, attention_loss, feature_loss, soft_mask, token_loss
+from .stages import AttentionLoss, Losses
+from .text_memory import TextMemory, given_states
 
 #: The parts of a loss, in the order `batch_loss` returns them.
-PARTS = ("lm", "attention", "features")
+PARTS = ("lm", "attention", "absent", "features")
+#: Kinds of texts that describe the whole picture; all others are questions with an answer.
+CAPTIONS = ("caption", "describe", "sentence_caption")
 
 
 class FeatureAdaptor(nn.Module):
@@ -49,42 +53,73 @@ class FeatureAdaptor(nn.Module):
 
 
 def read_texts(
-    model: AgeVLM, seen: list[Any], group: TextGroup, *, guided: bool, heads: int | None
+    model: AgeVLM,
+    seen: list[Any],
+    group: TextGroup,
+    *,
+    guided: bool,
+    heads: int | None,
+    layers: Collection[int] | None = None,
+    memory: TextMemory | None = None,
 ) -> tuple[mx.array, mx.array | None]:
-    """logits [B*R T V] of a group's texts and, if `guided`, attn_map [P L heads S] of its rows.
+    """logits [n V] of a group's supervised positions (`TextGroup.supervised`) and, if `guided`,
+    attn_map [P L heads S] of its rows, of these heads and layers (see ``AgeVLM.attend``).
 
-    `seen` is what ``model.look`` gave for the batch's images.
+    `seen` is what ``model.look`` gave for the batch's images. Most tokens are prompt or padding:
+    with a large vocabulary their logits would cost more than layers. With a `memory` the layers
+    below the first looking one are left out.
     """
     segments = None if group.segments is None else mx.array(group.segments).flatten(0, 1)
     cache = model.share(seen, group.ids.shape[1], segments)
     ids = mx.array(group.ids).flatten(0, 1)  # [B*R T]
-    if not guided:
-        return model(ids, cache), None
-    return model.attend(ids, cache, mx.array(group.rows), mx.array(group.cols), heads)
+    at = tuple(map(mx.array, group.supervised))
+
+    def keep(out: mx.array) -> mx.array:
+        return out[at][None]
+
+    states = None if memory is None else memory.of(group)
+    with nullcontext() if states is None else given_states(model, states):
+        if not guided:
+            return model(ids, cache, keep=keep)[0], None
+        rows, cols = mx.array(group.rows), mx.array(group.cols)
+        logits, maps = model.attend(ids, cache, rows, cols, heads, layers, keep=keep)
+        return logits[0], maps
+
+
+def text_loss(logits: mx.array, group: TextGroup) -> tuple[mx.array, float]:
+    """`token_loss` of a group from its logits [n V], as `read_texts` gives them."""
+    at, shape = group.supervised, (-1, group.ids.shape[-1])
+    return token_loss(logits, group.labels.reshape(shape)[at], group.loss_mask.reshape(shape)[at])
 
 
 @dataclass(frozen=True)
 class Totals:
     """What the means of a step's loss are taken over: all of its batch, in however many parts.
 
-    tokens: summed weight of the supervised tokens; guided: of the guided rows; cells: feature
-    cells that are not the teacher's padding.
+    tokens: summed weight of the supervised tokens; guided: of the guided rows; absent: of those
+    about absent things; cells: feature cells that are not the teacher's padding.
     """
 
     tokens: float
     guided: float
+    absent: float
     cells: float
 
     @classmethod
     def of(cls, batches: Iterable[Batch]) -> "Totals":
         """Those of these parts."""
-        tokens = guided = cells = 0.0
+        tokens = guided = absent = cells = 0.0
         for batch in batches:
             tokens += sum(float(group.loss_mask.sum()) for group in batch.groups)
             guided += sum(float(group.weight.sum()) for group in batch.groups)
+            absent += sum(_absent(group) for group in batch.groups)
             if batch.sam_features is not None:
                 cells += float(_inside(batch.sam_features).sum())
-        return cls(tokens, guided, cells)
+        return cls(tokens, guided, absent, cells)
+
+
+def _absent(group: TextGroup) -> float:
+    return 0.0 if group.absent is None else float(group.absent.sum())
 
 
 def _inside(features: np.ndarray) -> np.ndarray:
@@ -93,37 +128,54 @@ def _inside(features: np.ndarray) -> np.ndarray:
 
 
 def batch_loss(
-    model: AgeVLM, batch: Batch, losses: Losses, totals: Totals | None = None
+    model: AgeVLM,
+    batch: Batch,
+    losses: Losses,
+    totals: Totals | None = None,
+    memory: TextMemory | None = None,
 ) -> tuple[mx.array, mx.array]:
-    """The weighted loss f32 [] of a batch, and its unweighted parts f32 [3] (see `PARTS`).
+    """The weighted loss f32 [] of a batch, and its unweighted parts f32 [4] (see `PARTS`).
 
     The next-token loss is a mean over all supervised tokens of the step, the attention loss over
-    all its guided rows, that of the features over all cells; none depends on how the texts are
-    grouped. With the `totals` of a step of which `batch` is a part, this is the part's share:
-    losses and gradients of the parts add up to those of the whole.
+    all its guided rows, that of absent things over theirs, that of the features over all cells;
+    none depends on how the texts are grouped. With the `totals` of a step of which `batch` is a
+    part, this is the part's share: losses and gradients of the parts add up to those of the whole.
+    With a `memory` of texts, of this model as it is, they are the same for less work.
     """
     totals = totals or Totals.of([batch])
     z_vis = model.encode(mx.array(batch.pixels))
     seen = model.look(model.project(z_vis))
-    lm, attention = mx.array(0.0), mx.array(0.0)
+    wanted = losses.attention
+    lm, attention, absent = mx.array(0.0), mx.array(0.0), mx.array(0.0)
     for group in batch.groups:
-        weight = float(group.weight.sum())
-        guided = losses.attention.weight > 0 and weight > 0
+        weight = float(group.weight.sum()) if wanted.weight > 0 else 0.0
+        nowhere = _absent(group) if wanted.absent > 0 else 0.0
+        guided = weight > 0 or nowhere > 0
         logits, attn_map = read_texts(
-            model, seen, group, guided=guided, heads=losses.attention.heads
+            model,
+            seen,
+            group,
+            guided=guided,
+            heads=wanted.heads,
+            layers=wanted.layers,
+            memory=memory,
         )
-        lm = lm + token_loss(logits, group.labels, group.loss_mask)[0]
-        if attn_map is not None:
+        lm = lm + text_loss(logits, group)[0]
+        if attn_map is not None and weight > 0:
             mean = attention_loss(
-                attn_map, mx.array(group.target), mx.array(group.weight), losses.attention.kind
+                attn_map, mx.array(group.target), mx.array(group.weight), wanted.kind
             )
             attention = attention + mean * weight
+        if attn_map is not None and group.absent is not None and nowhere > 0:
+            absent = absent + absent_loss(attn_map, mx.array(group.absent)) * nowhere
     lm, attention = lm / max(totals.tokens, EPS), attention / max(totals.guided, EPS)
-    features = mx.array(0.0)
+    absent, features = absent / max(totals.absent, EPS), mx.array(0.0)
     if losses.features > 0:
         features = _distillation(model, z_vis, batch, totals)
-    total = losses.lm * lm + losses.attention.weight * attention + losses.features * features
-    return total, mx.stack([lm, attention, features])
+    total = losses.lm * lm + wanted.weight * attention + losses.features * features
+    if wanted.absent > 0:
+        total = total + wanted.absent * absent
+    return total, mx.stack([lm, attention, absent, features])
 
 
 def loss_and_gradients(
@@ -133,6 +185,7 @@ def loss_and_gradients(
     losses: Losses,
     totals: Totals | None = None,
     dtype: mx.Dtype = mx.float32,
+    memory: TextMemory | None = None,
 ) -> tuple[tuple[mx.array, mx.array], dict[str, mx.array]]:
     """`batch_loss`, and its gradients by the names of `params`; all still to be evaluated.
 
@@ -142,7 +195,7 @@ def loss_and_gradients(
 
     def loss(params: dict[str, mx.array]) -> tuple[mx.array, mx.array]:
         place(model, params, dtype)
-        return batch_loss(model, batch, losses, totals)
+        return batch_loss(model, batch, losses, totals, memory)
 
     result = mx.value_and_grad(loss)(params)
     place(model, params, dtype)  # instead of the tracers
@@ -164,23 +217,31 @@ def _distillation(model: AgeVLM, z_vis: mx.array, batch: Batch, totals: Totals) 
 def validate(
     model: AgeVLM,
     batches: Iterable[Batch],
-    heads: int | None,
+    attention: AttentionLoss,
     add_up: Callable[[Sequence[float]], list[float]] = list,
 ) -> dict[str, Any]:
-    """Next-token loss and pointing rate over validation batches.
+    """Next-token loss, pointing rate and right answers over validation batches.
 
-    Pointing: the share of guided rows whose most attended token (mean over layers and the first
-    `heads` heads) has a `soft_mask` of at least one half. None without guided rows. `add_up`
-    sums what several processes have counted, each in batches of its own.
+    Pointing: the share of guided rows whose most attended token (mean over the layers and heads
+    that `attention` supervises) has a `soft_mask` of at least one half. Answers: the share of
+    texts other than captions (those of packed rows apart) of which every supervised token is the
+    most likely one, given all before it; and the same of kinds called ``.._hard``. None without
+    any. `add_up` sums what several processes have counted, each in batches of its own.
     """
     nll, tokens, hits, rows = 0.0, 0.0, 0.0, 0.0
+    right, asked = np.zeros(2), np.zeros(2)  # of all, and of the hard ones
     for batch in batches:
         seen = model.look(model.project(model.encode(mx.array(batch.pixels))))
         for group in batch.groups:
             guided = bool(group.weight.any())
-            logits, attn_map = read_texts(model, seen, group, guided=guided, heads=heads)
-            loss, weight = token_loss(logits, group.labels, group.loss_mask)
+            logits, attn_map = read_texts(
+                model, seen, group, guided=guided, heads=attention.heads, layers=attention.layers
+            )
+            loss, weight = text_loss(logits, group)
             nll, tokens = nll + float(np.array(loss)), tokens + weight
+            for kind, is_right in _answers(logits, group):
+                which = np.array([1, kind.endswith("_hard")])
+                asked, right = asked + which, right + which * is_right
             if attn_map is not None:
                 kept = group.weight > 0
                 mean_map = attn_map.astype(mx.float32).mean(axis=(1, 2))
@@ -188,5 +249,31 @@ def validate(
                 mask = np.array(soft_mask(mx.array(group.target)))[kept]
                 hits += float((mask[np.arange(len(peak)), peak] >= 0.5).sum())
                 rows += len(peak)
-    nll, tokens, hits, rows = add_up([nll, tokens, hits, rows])
-    return {"val_lm": nll / max(tokens, EPS), "val_pointing": hits / rows if rows else None}
+    nll, tokens, hits, rows, right, right_hard, asked, asked_hard = add_up(
+        [nll, tokens, hits, rows, *right.tolist(), *asked.tolist()]
+    )
+    return {
+        "val_lm": nll / max(tokens, EPS),
+        "val_pointing": hits / rows if rows else None,
+        "val_answers": right / asked if asked else None,
+        "val_answers_hard": right_hard / asked_hard if asked_hard else None,
+    }
+
+
+def _answers(logits: mx.array, group: TextGroup) -> Iterator[tuple[str, bool]]:
+    """Of each text in a row of its own that is no caption its kind, and whether it is right.
+
+    `logits` [n V] of the supervised positions.
+    """
+    texts = [
+        (row, kinds[0])
+        for row, kinds in enumerate(group.kinds)
+        if len(kinds) == 1 and kinds[0] not in CAPTIONS
+    ]
+    if not texts:
+        return  # saves the search for the most likely tokens
+    rows, columns = group.supervised
+    labels = group.labels.reshape(-1, group.ids.shape[-1])[rows, columns]
+    wrong = set(rows[np.array(logits.argmax(axis=-1)) != labels].tolist())
+    for row, kind in texts:
+        yield kind, row not in wrong

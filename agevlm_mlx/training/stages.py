@@ -8,7 +8,7 @@ import importlib.resources
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,10 @@ import mlx.core as mx
 from .. import config
 from ..config import FusionConfig
 from ..data.batches import GroupSpec
+from ..data.chat import POSITIONS, Position
+from ..data.nouns import Split
+from ..data.scenes import Texts
+from ..data.styles import Style
 from ..errors import UserError
 
 
@@ -25,9 +29,40 @@ class AttentionLoss:
     """Guidance of the attention maps by the object masks."""
 
     weight: float = 0.0
-    kind: Literal["mass", "one_minus_mass", "kl", "dice"] = "mass"
+    #: What `weight` becomes in equal steps by the stage's end; None leaves it as it is.
+    weight_end: float | None = None
+    kind: Literal["mass", "one_minus_mass", "kl", "dice", "bce_dice"] = "mass"
     #: Supervise the first `heads` heads of every layer and leave the others free; None is all.
     heads: int | None = None
+    #: Supervise these of the layers that look at the image, counted from 0; None is all.
+    layers: tuple[int, ...] | None = None
+    #: Which positions of a phrase are guided: its own tokens, the one before a phrase of an answer,
+    #: where it is chosen, and the question's end, where the answer is chosen.
+    positions: tuple[Position, ...] = POSITIONS
+    #: Weight of a loss of its own that has phrases about absent things look at the null slot.
+    absent: float = 0.0
+
+    @property
+    def guides(self) -> bool:
+        """Whether masks guide at any step."""
+        return self.weight > 0 or bool(self.weight_end)
+
+    def check(self, where: str) -> None:
+        """``UserError``, beginning with `where`, for values that cannot be meant."""
+        weights = (self.weight, self.weight_end or 0.0, self.absent)
+        if not all(0 <= weight < math.inf for weight in weights):
+            raise UserError(f"{where}: expected losses.attention weights >= 0, got {weights}")
+        if self.heads is not None:
+            _at_least(where, "losses.attention.heads", self.heads, 1)
+        for name in ("layers", "positions"):
+            chosen = getattr(self, name)
+            if chosen is not None and not 0 < len(chosen) == len(set(chosen)):
+                raise UserError(
+                    f"{where}: expected at least one and none twice in losses.attention.{name}, "
+                    f"got {list(chosen)}"
+                )
+        if self.layers is not None:
+            _at_least(where, "losses.attention.layers", min(self.layers), 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +73,14 @@ class Losses:
     attention: AttentionLoss = field(default_factory=AttentionLoss)
     #: Distillation of the teacher's image features; needs a store made with ``--features``.
     features: float = 0.0
+
+    def at(self, done: float) -> "Losses":
+        """Those when `done` (0..1) of a stage's steps are done."""
+        attention = self.attention
+        if attention.weight_end is None:
+            return self
+        weight = attention.weight + (attention.weight_end - attention.weight) * done
+        return replace(self, attention=replace(attention, weight=weight))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,12 +119,10 @@ class Stage:
             raise UserError(f"{where}: expected 0 < decay <= 1, got {self.decay}")
         if not self.texts:
             raise UserError(f"{where}: texts is empty; name at least one kind of text")
-        attention = self.losses.attention
-        weights = (self.losses.lm, attention.weight, self.losses.features)
+        weights = (self.losses.lm, self.losses.features)
         if not all(0 <= weight < math.inf for weight in weights):
             raise UserError(f"{where}: expected loss weights >= 0, got {weights}")
-        if attention.heads is not None:
-            _at_least(where, "losses.attention.heads", attention.heads, 1)
+        self.losses.attention.check(where)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,9 +175,17 @@ class ScenesSpec:
     """Embedded pictures made on the fly where the `train` and `val` folders do not exist."""
 
     n: int
-    #: Pictures of the `val` folder.
+    #: Pictures of the `val` folder. They are of the split ``val`` where `split` is ``train``, else
+    #: of the same split, and drawn with the seed after `seed`.
     val: int = 128
     seed: int = 0
+    split: Split = "train"
+    style: Style = "plain"
+    texts: Texts = "short"
+    #: The exact masks in the texts' phrases: they guide, and no teacher is needed.
+    masks: bool = False
+    #: Phrases about absent things, for ``losses.attention.absent``.
+    absent: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,11 +198,16 @@ class DataSpec:
     store: Path | None = None
     #: The same for `val`.
     val_store: Path | None = None
+    #: Train on the first so many images only, in the order of their first record; None is all.
+    #: The same store serves.
+    images: int | None = None
     scenes: ScenesSpec | None = None
     #: Run ``agevlm teach`` (in its own process, with torch) for a store that does not exist.
     teach: bool = False
     #: Mirror images at random. Leave it off when texts say left and right.
     flip: bool = False
+    #: A control: every phrase is guided by the mask of a phrase of another, random image.
+    shuffle_masks: bool = False
     #: What becomes of a bad record or image: end the run, or leave it out and list it in
     #: ``bad_records.jsonl``.
     on_error: Literal["stop", "skip"] = "stop"
@@ -168,6 +222,8 @@ class DataSpec:
     prefetch: int = 4
 
     def __post_init__(self) -> None:
+        if self.images is not None:
+            _at_least("data", "images", self.images, 1)
         _at_least("data", "bucket", self.bucket, 0)
         _at_least("data", "max_tokens", self.max_tokens, 1)
         _at_least("data", "workers", self.workers, 1)

@@ -31,7 +31,8 @@ from .observers import Observer, Tell, finish_the_step
 from .optim import global_norm, learning_rate, make_optimizer
 from .ranks import LostRanks, Ranks
 from .rules import named_parameters, parameter_scales, set_trainable
-from .stages import Stage, compute_dtype
+from .stages import Losses, Stage, compute_dtype
+from .text_memory import TextMemory, text_memory
 
 #: What was left out of the data, in the run's folder.
 BAD_RECORDS = "bad_records.jsonl"
@@ -75,6 +76,8 @@ class Trainer:
         self.stale = 0
         #: Batches left out because of a loss that was not finite.
         self.skipped = 0
+        #: What the layers that the stage leaves as they are have made of its texts.
+        self.memory: TextMemory | None = None
         self._in_a_row = 0
         self._saved = 0
         self._saving = threading.Lock()
@@ -176,6 +179,9 @@ class Trainer:
         if self.dtype != mx.float32:
             self.masters = self._still_trained(index)
         self._names = list(scales)
+        new = text_memory(self.model, stage)
+        # Neither stage changes the layers below: what is known of texts stays right.
+        self.memory = (self.memory or new) if new else None
         self._step_weights = make_update(
             self.optimizer, scales, self.recipe.train.clip, wants_compile(self.recipe.train)
         )
@@ -194,7 +200,8 @@ class Trainer:
                 waited = time.perf_counter() - start
                 self._met = batches.take_problems()
                 lr = learning_rate(stage, step_in_stage)
-                report, tokens = self._update(stage, drawn, lr)
+                losses = stage.losses.at(step_in_stage / stage.steps)
+                report, tokens = self._update(stage, losses, drawn, lr)
                 self.step += 1
                 row = {k: float(f"{v:.6g}") for k, v in report.items()} | {"lr": float(f"{lr:.6g}")}
                 seconds = round(time.perf_counter() - start, 4)
@@ -230,22 +237,30 @@ class Trainer:
         return filled, count
 
     def _update(
-        self, stage: Stage, drawn: Sequence[Batch], lr: float
+        self, stage: Stage, losses: Losses, drawn: Sequence[Batch], lr: float
     ) -> tuple[dict[str, float], int]:
         """One optimiser step; the numbers to report, and the text tokens of the whole batch."""
         own = Totals.of(drawn)
         size = sum(group.ids.size for batch in drawn for group in batch.groups)
         *sums, size, met, stop = self.ranks.sum(
-            [own.tokens, own.guided, own.cells, size, len(self._met), self._stop.is_set()]
+            [
+                own.tokens,
+                own.guided,
+                own.absent,
+                own.cells,
+                size,
+                len(self._met),
+                self._stop.is_set(),
+            ]
         )
         self._agreed_to_stop = stop > 0
         if met:
             self._bad_records(self._met)
-        grads, shares = self._gradients(stage, drawn, Totals(*sums))
+        grads, shares = self._gradients(losses, drawn, Totals(*sums))
         grads = self.ranks.sum_gradients(grads)
         loss, *values = self.ranks.sum(shares)
         norm = global_norm(grads)
-        used = (True, stage.losses.attention.weight, stage.losses.features)
+        used = (True, losses.attention.weight, losses.attention.absent, losses.features)
         named = zip(PARTS, values, used, strict=True)
         report = {"loss": loss, **{n: v for n, v, on in named if on}, "norm": norm.item()}
         if not (math.isfinite(report["loss"]) and math.isfinite(report["norm"])):
@@ -283,7 +298,7 @@ class Trainer:
         }
 
     def _gradients(
-        self, stage: Stage, drawn: Sequence[Batch], totals: Totals
+        self, losses: Losses, drawn: Sequence[Batch], totals: Totals
     ) -> tuple[dict[str, mx.array], list[float]]:
         """The gradients of this process' parts of a step, added up, and so the loss and `PARTS`."""
         grads: dict[str, mx.array] = {}
@@ -292,7 +307,7 @@ class Trainer:
             for number, batch in enumerate(drawn):
                 mx.random.seed((self.recipe.train.seed * 1_000_003 + self.step) * 1009 + number)
                 (loss, parts), new = loss_and_gradients(
-                    self.model, self._trained(), batch, stage.losses, totals, self.dtype
+                    self.model, self._trained(), batch, losses, totals, self.dtype, self.memory
                 )
                 shares = shares + mx.concatenate([loss[None], parts])
                 grads = {name: grads[name] + g for name, g in new.items()} if grads else new
@@ -349,11 +364,10 @@ class Trainer:
         stage = self.recipe.stages[index]
         share = itertools.islice(self.job.validation(), self.ranks.rank, None, self.ranks.size)
         with self._judged():
-            heads = stage.losses.attention.heads
-            result = validate(self.model, share, heads, self.ranks.sum)
+            result = validate(self.model, share, stage.losses.attention, self.ranks.sum)
         self._tell.row(step=self.step, stage=stage.name, **result)
-        pointing = result["val_pointing"]
-        shown = "" if pointing is None else f", pointing {pointing:.3f}"
+        shares = {"pointing": result["val_pointing"], "answers": result.get("val_answers")}
+        shown = "".join(f", {n} {share:.3f}" for n, share in shares.items() if share is not None)
         self._tell.progress.say(f"step {self.step}: validation lm {result['val_lm']:.4f}{shown}")
         improved = self.best is None or result["val_lm"] < self.best["val_lm"]
         if improved:

@@ -701,7 +701,7 @@ def test_the_last_token_guides_nothing(
     one: Record, micro: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # As with a chat template that puts nothing behind an answer.
-    cut = Encoded((1, 2, 3, 4, 5), (0, 0, 0, 1, 1), ((3, 4),))
+    cut = Encoded((1, 2, 3, 4, 5), (0, 0, 0, 1, 1), ((3, 4),), (("before", "word"),))
     monkeypatch.setattr(module, "encode", lambda *_: cut)
     (group,) = draw([one], micro, CAPTION, batch_size=1).batch(0).groups
     assert group.ids.shape == (1, 1, 4)

@@ -180,6 +180,21 @@ def test_a_word_of_a_question_looks_again_when_the_answer_is_due(tokenizer: Any)
         assert last == len(prompt_ids(tokenizer, turns[:asked])) - 1
 
 
+def test_every_position_of_a_span_says_what_it_is(tokenizer: Any) -> None:
+    turns = conversation("Is there a caravan dog?", "Yes, a dog", "dog?", "dog")
+    marked = [(0, "caravan dog"), (1, "dog"), (2, "dog"), (3, "dog")]
+    encoded = encode(tokenizer, turns, [mark(turns, *one) for one in marked])
+    assert encoded.positions == (
+        ("word", "word", "answer"),
+        ("before", "word"),
+        *[("word",) * (len(encoded.spans[2]) - 1) + ("answer",)],
+        ("before", *("word",) * (len(encoded.spans[3]) - 1)),
+    )
+    assert encoded.spans[2][-1] == encoded.spans[3][0]  # where "dog" is the answer to "dog?"
+    unanswered = encode(tokenizer, turns[:3], [mark(turns, 2, "dog")])
+    assert set(unanswered.positions[0]) == {"word"}
+
+
 def test_the_first_word_of_an_answer_looks_from_the_prompt(tokenizer: Any) -> None:
     turns = conversation("What is it?", "dog")
     encoded = encode(tokenizer, turns, [mark(turns, 1, "dog")])

@@ -64,12 +64,13 @@ def test_what_is_kept_of_each_record(folder: Path) -> None:
     answer = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "a dög"}]
     mask = rle_encode(np.ones((10, 20), bool))
     phrase = {"text": "a", "turn": 0, "start": 0, "end": 1}
+    gone = {**phrase, "absent": True}
     path = lines(
         folder / "x.jsonl",
         {"image": "1.png", "conversations": answer},
         {"image": "0.png", "conversations": answer * 2, "kind": "b", "phrases": [phrase]},
         {"image": "1.png", "conversations": answer, "phrases": [phrase, {**phrase, "mask": mask}]},
-        {"image": "1.png", "conversations": answer, "phrases": [{**phrase, "point": [1, 2]}]},
+        {"image": "1.png", "conversations": answer, "phrases": [{**phrase, "point": [1, 2]}, gone]},
     )
     records = read_records(path)
     assert len(records) == 4
@@ -82,6 +83,7 @@ def test_what_is_kept_of_each_record(folder: Path) -> None:
         ("length_of", np.int32, [7, 14, 7, 7]),
         ("guided", np.bool_, [False, False, True, True]),
         ("masked", np.bool_, [False, False, True, False]),
+        ("absent", np.bool_, [False, False, False, True]),
     ):
         values = getattr(records, name)
         assert values.dtype == dtype
@@ -94,7 +96,7 @@ def test_what_is_kept_of_each_record(folder: Path) -> None:
         assert made.root == records.root
         assert list(made.images) == list(records.images)
         assert made.kinds == records.kinds
-        for name in ("image_of", "kind_of", "length_of", "guided", "masked"):
+        for name in ("image_of", "kind_of", "length_of", "guided", "masked", "absent"):
             np.testing.assert_array_equal(getattr(made, name), getattr(records, name))
         assert list(made) == list(records)
 
@@ -119,6 +121,36 @@ def test_the_records_of_an_image_are_in_order() -> None:
     for number, image in enumerate(records.images):
         wanted = [n for n, one in enumerate(images) if one == image]
         assert records.of_image(number).tolist() == wanted
+
+
+def test_the_first_images_are_data_of_their_own(folder: Path) -> None:
+    phrase = {"text": "W", "turn": 0, "start": 0, "end": 1, "box": [1, 1, 5, 5]}
+    gone = {"text": "W", "turn": 0, "start": 0, "end": 1, "absent": True}
+    listed = [[gone], [phrase]]
+    items = [item(i, kind=f"k{i % 3}", phrases=listed[i % 2]) for i in (2, 1, 5, 0, 6, 3, 9)]
+    whole = read_records(lines(folder / "x.jsonl", *items))
+    assert [image.name for image in whole.images] == ["2.png", "1.png", "0.png", "3.png"]
+    few = whole.first_images(2)
+    wanted = [record for record in whole if record.image.name in ("2.png", "1.png")]
+    assert ids(few) == ids(wanted) == ["2", "1", "5", "6", "9"]
+    assert few.root == whole.root
+    made = Records.from_list(wanted, whole.root)
+    assert list(few) == list(made)
+    assert list(few.images) == list(made.images)
+    assert [few.kinds[n] for n in few.kind_of] == [record.kind for record in wanted]
+    for name in ("image_of", "length_of", "guided", "masked", "absent"):
+        assert getattr(few, name).dtype == getattr(made, name).dtype
+        np.testing.assert_array_equal(getattr(few, name), getattr(made, name))
+    assert few.of_image(1).tolist() == [1, 2, 4]
+    assert few[-1].id == "9"
+    assert ids(few[1:3]) == ["1", "5"]
+    assert list(pickle.loads(pickle.dumps(few))) == wanted
+    one = whole.first_images(1)
+    assert sorted(one.kinds) == ["k0", "k2"]  # those of its records, and no others
+    assert list(whole.first_images(4)) == list(whole)
+    few.close()
+    with pytest.raises(ValueError, match="closed"):
+        whole[0]
 
 
 def test_an_empty_list_is_no_error() -> None:

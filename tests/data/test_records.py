@@ -85,6 +85,18 @@ def test_our_jsonl(folder: Path) -> None:
     assert list(read_records(folder)) == [first, second]  # the only .jsonl of the folder
 
 
+def test_a_phrase_may_be_about_something_absent(folder: Path) -> None:
+    bare = {key: OURS["phrases"][0][key] for key in ("text", "turn", "start", "end")}
+    for said, absent in (({"absent": True}, True), ({"absent": False}, False), ({}, False)):
+        item = changed(OURS, phrases=[{**bare, **said}])
+        for name, one in (("x.jsonl", item), ("x.json", changed(LLAVA, phrases=item["phrases"]))):
+            (record,) = records = read_records(write(folder / name, one))
+            assert record.phrases[0].absent is absent
+            assert records.absent.tolist() == [absent]
+            assert records.guided.tolist() == [False]
+    assert '"absent"' not in to_json(record)  # nothing new is written about what is not absent
+
+
 @pytest.mark.parametrize("name", ["x.json", "x.jsonl"])
 def test_llava_in_both_forms(folder: Path, name: str) -> None:
     (record,) = read_records(write(folder / name, LLAVA))
@@ -288,7 +300,9 @@ def records(draw: st.DrawFn) -> Record:
         box = (x, y, x + width, y + height) if x + width > x and y + height > y else None
         mask = draw(st.none() | st.just(rle_encode(np.eye(4, dtype=bool), compressed=False)))
         point = draw(st.none() | st.just((x, y)))
-        phrases.append(Phrase(text[start:end], turn, start, end, box, point, mask))
+        place = (box, point, mask)
+        absent = place == (None, None, None) and draw(st.booleans())
+        phrases.append(Phrase(text[start:end], turn, start, end, *place, absent))
     name = draw(st.text(LETTERS.filter(lambda c: c != "\0"), min_size=1))
     image = draw(st.sampled_from([Path("/a/b"), Path("a")])) / name
     return Record(draw(st.text(LETTERS)), image, tuple(turns), tuple(phrases), draw(WORDS))

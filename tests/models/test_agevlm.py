@@ -323,7 +323,7 @@ def test_default_placement_is_the_papers():
         ({"text_config": {"model_type": "llama"}}, "llama needs more"),
         ({"vision_config": {"model_type": "vgg"}}, "expected agevlm_vit or .*, got 'vgg'"),
         ({"vision_config": {**VISION, "patchsize": 4}}, "did you mean 'patch_size'"),
-        ({"vision_config": {**VISION, "patch_size": 5}}, "even patch_size that divides"),
+        ({"vision_config": {**VISION, "patch_size": 5}}, "patch_size that divides"),
     ],
 )
 def test_bad_configurations_say_what_to_do(change, message):
@@ -376,3 +376,38 @@ def test_the_prompt_cache_of_the_model_is_ours():
     assert [type(c).__name__ for c in make_prompt_cache(model)] == [
         "KVCache", "VisionCache", "VisionCache",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("fusion", ["cross", "concat"])
+@pytest.mark.parametrize("kind", LANGUAGE_MODELS)
+def test_logits_of_chosen_positions_are_those_of_all(kind, fusion):
+    """Values and gradients; the output layer is asked for no more than it has to give."""
+    model, ids = build(fusion, kind), tokens(2, 6)
+    z_img, at = mx.random.normal((2, 16, 32)), (mx.array([0, 1, 1]), mx.array([5, 0, 3]))
+    model.freeze()
+    model.language_model.model.layers[0].unfreeze()
+    sizes = []
+
+    def loss(params, chosen):
+        model.update(params)
+        keep = (lambda out: sizes.append(out.shape) or out[at][None]) if chosen else None
+        logits = model(ids, model.look(z_img), keep=keep)
+        return (logits[0] if chosen else logits[at]).square().sum()
+
+    trained = model.trainable_parameters()
+    results = [mx.value_and_grad(loss)(trained, chosen) for chosen in (False, True)]
+    model.update(trained)
+    assert sizes == [(2, 6, 32)]
+    (whole, slopes), (few, few_slopes) = results
+    assert few.item() == pytest.approx(whole.item(), rel=1e-5)
+    for (name, a), (_, b) in zip(tree_flatten(slopes), tree_flatten(few_slopes), strict=True):
+        np.testing.assert_allclose(b, a, atol=1e-4, rtol=1e-4, err_msg=name)
+
+
+def test_logits_are_chosen_after_a_trunk_that_does_not_do_it(monkeypatch):
+    model, ids = build(), tokens(2, 6)
+    last, cache = mx.array([3, 5]), model.see(pixels(2))
+    wanted = model(ids, copy.deepcopy(cache))[mx.arange(2), last][:, None]
+    trunk = type(model.language_model.model)
+    monkeypatch.setattr(trunk, "__call__", lambda self, *args: trunk.__base__.__call__(self, *args))
+    assert mx.array_equal(model.last_logits(ids, cache, last), wanted)

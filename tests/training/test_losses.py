@@ -43,11 +43,22 @@ def numpy_dice(attn: np.ndarray, target: np.ndarray) -> np.ndarray:
     return 1 - overlap / ((given**2).sum(-1) + (wanted**2).sum(-1) + losses.EPS)
 
 
+def numpy_bce_dice(attn: np.ndarray, target: np.ndarray) -> np.ndarray:
+    wanted, given = numpy_soft_mask(target), attn / attn.max(-1, keepdims=True)
+    w, g = 0.01 + 0.98 * wanted, 0.01 + 0.98 * given
+
+    def cross_entropy(g: np.ndarray) -> np.ndarray:
+        return -(w * np.log(g) + (1 - w) * np.log(1 - g)).mean(-1)
+
+    return numpy_dice(attn, target) + cross_entropy(g) - cross_entropy(w)
+
+
 REFERENCE = {
     "mass": numpy_mass,
     "one_minus_mass": numpy_one_minus_mass,
     "kl": numpy_kl,
     "dice": numpy_dice,
+    "bce_dice": numpy_bce_dice,
 }
 
 
@@ -129,6 +140,50 @@ def test_rows_of_weight_zero_do_not_matter(kind: str, filler: float):
     assert value.item() == pytest.approx(expected, rel=1e-6)
     assert np.array(grad)[2] == pytest.approx(0, abs=0)
     assert np.isfinite(np.array(grad)).all()
+
+
+def test_bce_dice_stays_calm_where_a_map_peaks_outside_the_mask():
+    """The logarithm of 1 - 1 is not taken, nor its slope."""
+    attn = mx.array([[0.9, 1e-9, 1e-9, 1e-9, 1e-9, 1e-9]])
+    target = mx.array([[0.0, 1.0, 0.0, 0.0, 0.0, 0.0]])
+    value, slope = mx.value_and_grad(lambda a: losses.bce_dice(a, target).sum())(attn)
+    assert 1 < value.item() < 5
+    assert mx.abs(slope).max().item() < 1e3
+    assert slope[0, 1].item() < -0.1  # pulled to where the object is
+
+
+def absent_reference(attn_map: np.ndarray, weight: np.ndarray) -> float:
+    null = 1 - attn_map.mean((1, 2)).sum(-1)
+    return (-np.log(null + losses.EPS) * weight).sum() / weight.sum()
+
+
+def test_absent_loss_and_gradient_match_float64():
+    rng = np.random.default_rng(4)
+    attn_map = np.stack([maps(rng) for _ in range(4)], 1).reshape(P, 2, 2, S)
+    weight = np.array([1.0, 0.5, 2.0])
+    value, slope = mx.value_and_grad(losses.absent_loss)(mx.array(attn_map), mx.array(weight))
+    assert value.item() == pytest.approx(absent_reference(attn_map, weight), rel=1e-5)
+    wanted = finite_differences(lambda a: absent_reference(a, weight), attn_map)
+    np.testing.assert_allclose(np.array(slope), wanted, rtol=2e-4, atol=1e-6)
+
+
+def test_absent_loss_is_least_where_nothing_is_looked_at():
+    nothing, everything = mx.zeros((1, 1, 1, S)), mx.full((1, 1, 1, S), 1.00001 / S)
+    one = mx.ones(1)
+    assert losses.absent_loss(nothing, one).item() == pytest.approx(0, abs=1e-5)
+    assert 13 < losses.absent_loss(everything, one).item() < 14  # finite
+    assert losses.absent_loss(everything, mx.zeros(1)).item() == 0
+
+
+@pytest.mark.parametrize("filler", [0.0, 7.0, float("nan")])
+def test_rows_about_nothing_absent_do_not_matter(filler: float):
+    attn, weight = maps(np.random.default_rng(2))[:, None, None], np.array([1.0, 1.0, 0.0])
+    expected = absent_reference(attn[:2], weight[:2])
+    attn[2] = filler
+    value, slope = mx.value_and_grad(losses.absent_loss)(mx.array(attn), mx.array(weight))
+    assert value.item() == pytest.approx(expected, rel=1e-5)
+    assert np.array(slope)[2] == pytest.approx(0, abs=0)
+    assert np.isfinite(np.array(slope)).all()
 
 
 def test_no_guided_row_is_no_loss():

@@ -123,6 +123,17 @@ def test_quantised_weights_cannot_be_trained_but_what_is_beside_them_can():
         ("train.clip=nan", "train.clip: expected a number > 0"),
         ("stages.0.lr=inf", "stage 'align': expected lr > 0"),
         ("stages.0.losses.features=nan", "expected loss weights >= 0"),
+        ("stages.0.losses.attention.weight=nan", "expected losses.attention weights >= 0"),
+        ("stages.0.losses.attention.weight_end=-1", "expected losses.attention weights >= 0"),
+        ("stages.0.losses.attention.absent=-0.1", "expected losses.attention weights >= 0"),
+        ("stages.0.losses.attention.heads=0", "expected losses.attention.heads >= 1"),
+        ("stages.0.losses.attention.layers=[]", "at least one and none twice in losses.attention"),
+        ("stages.0.losses.attention.layers=[1, 1]", "none twice in losses.attention.layers"),
+        ("stages.0.losses.attention.layers=[-1]", "expected losses.attention.layers >= 0, got -1"),
+        ("stages.0.losses.attention.positions=[]", "none twice in losses.attention.positions"),
+        ("stages.0.losses.attention.positions=['after']", "'word' or 'before' or 'answer', got"),
+        ("data.scenes={n=4, style='cubist'}", "data.scenes.style: expected 'plain' or"),
+        ("data.scenes={n=4, texts='long'}", "data.scenes.texts: expected 'short' or 'rich'"),
         ("stages.0.decay=0", "stage 'align': expected 0 < decay <= 1"),
         ("train.betas=[1.0, 0.9]", "train.betas: expected two numbers"),
         ("train.weight_decay=-3", "train.weight_decay: expected a number >= 0"),
@@ -158,7 +169,9 @@ def test_locate_finds_the_stage_of_a_step():
 def test_fingerprint_covers_what_decides_the_parameters_only():
     same = recipe("train.log_every=3", "train.keep=9", "train.out=elsewhere")
     assert same.fingerprint() == recipe().fingerprint()
-    for override in ("train.seed=1", "stages.1.lr=0.2", "data.flip=true", "train.clip=2.0"):
+    for override in ("train.seed=1", "stages.1.lr=0.2", "data.flip=true", "train.clip=2.0",
+        "data.images=9", "data.shuffle_masks=true", "stages.0.losses.attention.absent=0.1",
+    ):  # fmt: skip
         assert recipe(override).fingerprint() != recipe().fingerprint()
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from agevlm_mlx import weights
+from agevlm_mlx.errors import UserError
 from agevlm_mlx.train import main
 from agevlm_mlx.training import checkpoint, labels
 from agevlm_mlx.training.build import prepare
@@ -137,6 +138,8 @@ def test_a_dry_run_shows_what_would_be_trained_and_writes_nothing(
         ("model.vision_config.image_size=48", "expected a store on a 6x6 token grid"),
         ("stages.1.losses.features=0.5", "holds no features"),
         ("stages.1.losses.attention.heads=5", "expected losses.attention.heads <= 4, got 5"),
+        ("data.images=13", "data.images: expected at most 12, the images of "),
+        ("data.images=0", "data: expected images >= 1, got 0"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_no_folder(
@@ -189,6 +192,47 @@ def test_scenes_and_labels_are_made_when_missing(tiny: list[str], tmp_path: Path
     assert {"--data=train", "--out=store", "--image-size=32", "--grid=4x4"} <= set(command)
     assert main([*tiny[:2], *arguments, "--out", "again"]) == 0  # both are used again
     assert len(commands) == 1
+
+
+def test_training_scenes_may_be_of_any_split_style_and_texts(
+    tiny: list[str], tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    spec = "{n=3, val=2, seed=5, split='balanced', style='varied', texts='rich'}"
+    arguments = [f"data.scenes={spec}", "data.val=val", "stages.1.losses.attention.weight=0"]
+    job = prepare(read_recipe(tiny[1], arguments))
+    made = [json.loads(Path(folder, "scenes.json").read_text()) for folder in ("train", "val")]
+    wanted = {"split": "balanced", "style": "varied", "texts": "rich"}
+    assert all(wanted.items() <= about.items() for about in made)
+    assert [(about["n"], about["seed"]) for about in made] == [(3, 5), (2, 6)]
+    assert "dialogue" in job.records.kinds
+    with pytest.raises(UserError, match="holds other scenes"):
+        prepare(read_recipe(tiny[1], [*arguments, "data.scenes.style=plain"]))
+
+
+def test_a_run_on_a_part_of_the_data_sees_nothing_of_the_rest(tiny: list[str], tiny_folder: Path):
+    part, whole = (
+        prepare(read_recipe(str(TINY), [*tiny[2:], *more])) for more in (["data.images=5"], [])
+    )
+    assert list(part.records.images) == list(whole.records.images)[:5]
+    assert {record.image for record in part.records} == set(part.records.images)
+    batches = part.batches(part.recipe.stages[1])
+    shown = {name.split("-")[0] for step in range(8) for name in batches.batch(step).record_ids}
+    assert shown == {f"{n:06d}" for n in range(5)}
+    for a, b in zip(part.validation(), whole.validation(), strict=True):
+        assert np.array_equal(a.pixels, b.pixels)
+    assert part.recipe.fingerprint() != whole.recipe.fingerprint()
+    assert part.data != whole.data
+
+
+def test_a_part_of_the_data_needs_its_own_labels_only(
+    tiny: list[str], tiny_folder: Path, tmp_path: Path, monkeypatch
+):
+    label(tiny_folder / "train", tmp_path / "half", most=5)
+    overrides = [*tiny[2:], f"data.store={tmp_path / 'half'}"]
+    assert prepare(read_recipe(str(TINY), [*overrides, "data.images=5"])).store is not None
+    with pytest.raises(UserError, match="does not hold labels for all images"):
+        prepare(read_recipe(str(TINY), [*overrides, "data.images=6"]))
 
 
 def test_labels_that_stop_half_way_are_completed_first(

@@ -22,7 +22,7 @@ from agevlm_mlx.training.log import Metrics, read_metrics
 from agevlm_mlx.training.losses import attention_loss, lm_loss
 from agevlm_mlx.training.ranks import Ranks
 from agevlm_mlx.training.rules import named_parameters, trainable_names
-from agevlm_mlx.training.stages import Losses
+from agevlm_mlx.training.stages import AttentionLoss, Losses
 from agevlm_mlx.training.trainer import Trainer
 
 from .conftest import ROWS, TOKENS, VOCABULARY, noise_batch
@@ -343,7 +343,7 @@ def test_batch_loss_does_not_depend_on_grouping(noise_job):
         mx.array(np.concatenate([g.target for g in batch.groups])),
         mx.array(np.concatenate([g.weight for g in batch.groups])),
     )
-    np.testing.assert_allclose(parts.tolist(), [lm.item(), attention.item(), 0], rtol=2e-5)
+    np.testing.assert_allclose(parts.tolist(), [lm.item(), attention.item(), 0, 0], rtol=2e-5)
     assert total.item() == pytest.approx(lm.item() + 0.3 * attention.item(), rel=1e-5)
 
 
@@ -380,15 +380,16 @@ def test_validation_is_over_tokens_and_points_with_the_most_attended_cell(noise_
     hits = np.zeros((ROWS, 16), np.float32)
     hits[np.arange(ROWS), group.target.argmax(-1)] = 1
     hits[1] = np.roll(hits[1], 1)  # a miss
-    logits = mx.zeros((4, TOKENS, VOCABULARY))
+    logits = mx.zeros((len(group.supervised[0]), VOCABULARY))
 
-    def known(*_: Any, guided: bool, heads: int | None) -> tuple[mx.array, mx.array]:
+    def known(*_: Any, guided: bool, heads: Any, layers: Any) -> tuple[mx.array, mx.array]:
         assert guided
-        assert heads == 2
+        assert (heads, layers) == (2, (1,))
         return logits, mx.array(hits)[:, None, None]
 
     monkeypatch.setattr(objective, "read_texts", known)
-    result = objective.validate(model, iter([batch, batch]), heads=2)
+    attention = AttentionLoss(heads=2, layers=(1,))
+    result = objective.validate(model, iter([batch, batch]), attention)
     assert result["val_pointing"] == pytest.approx(2 / 3)  # the row of weight 0 does not count
     assert result["val_lm"] == pytest.approx(np.log(VOCABULARY), rel=1e-5)
 

@@ -1,0 +1,1 @@
+"""What `agevlm experiment` runs: arms x variations x lengths x seeds, and what they come to."""
