@@ -21,7 +21,7 @@ from .order import Order
 from .packing import packed_rows
 from .record_set import Records
 from .records import Phrase, Problem, Record
-from .text_rows import Text, TextGroup, round_up, text_group
+from .text_rows import Text, TextGroup, hide, round_up, text_group
 
 __all__ = ["Batch", "Batches", "GroupSpec", "TextGroup"]
 
@@ -96,6 +96,7 @@ class Batches:
         flip: bool = False,
         bucket: int = 0,
         pack: bool = False,
+        word_dropout: float = 0.0,
         shuffle_masks: bool = False,
         positions: Collection[Position] = POSITIONS,
         absent: bool = False,
@@ -105,6 +106,7 @@ class Batches:
         self.records, self.tokenizer, self.preprocessor = records, tokenizer, preprocessor
         self.batch_size, self.groups, self.seed = batch_size, tuple(groups), seed
         self.flip, self.pack, self.on_error = flip, pack, on_error
+        self.word_dropout = word_dropout
         self.max_tokens, self.positions, self.absent = max_tokens, positions, absent
         self._cells = grid[0] * grid[1]
         self._guidance = Guidance(store, records.root, grid)
@@ -256,13 +258,16 @@ class Batches:
             except UserError as error:
                 self._leave_out(f"{record.image} {record.id}", record, error)
                 continue
+            key = (step, slot, group + 1, int(pool[number]))
             if self._lenders is not None:
-                key = (step, slot, group + 1, int(pool[number]))
                 targets = [
                     None if target is None else self._borrowed(self._rng(*key, at), image, flip)
                     for at, target in enumerate(targets)
                 ]
-            texts.append(self._text(record, encoded, targets))
+            text = self._text(record, encoded, targets)
+            if self.word_dropout:
+                text = hide(text, self.word_dropout, self._rng(*key, len(targets)))
+            texts.append(text)
         return texts
 
     def _encode(self, record: Record) -> Encoded:
@@ -297,6 +302,8 @@ class Batches:
                 guided += [(at, target) for at in kept]
             elif phrase.absent and self.absent:
                 absent += kept
+        if "end" in self.positions and self.absent:
+            absent += encoded.ends
         return Text(record.id, record.kind, encoded, tuple(guided), tuple(absent))
 
     def _borrowed(self, rng: np.random.Generator, image: int, flip: bool) -> np.ndarray:

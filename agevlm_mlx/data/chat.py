@@ -24,9 +24,11 @@ CHAT_TEMPLATE = (
 
 #: What a position has to do with a phrase: it is one of its tokens; or the one before a phrase of
 #: an answer, where its first token is chosen; or the last one before the answer to a question with
-#: the phrase, where the answer is chosen.
-Position = Literal["word", "before", "answer"]
-POSITIONS: tuple[Position, ...] = get_args(Position)
+#: the phrase, where the answer is chosen. The end is that of an answer that has phrases, where the
+#: model chooses to stop.
+Position = Literal["word", "before", "answer", "end"]
+#: Those that masks guide; nothing is left to look at in the end.
+POSITIONS: tuple[Position, ...] = get_args(Position)[:3]
 
 
 @dataclass(frozen=True)
@@ -35,13 +37,14 @@ class Encoded:
 
     ids: the whole sequence. loss_mask: 1 on the tokens of the answers, with the one that ends
     each. spans: for each phrase, the positions in `ids` whose attention should go to it.
-    positions: what each of these is.
+    positions: what each of these is. ends: where the answers with phrases end.
     """
 
     ids: tuple[int, ...]
     loss_mask: tuple[int, ...]
     spans: tuple[tuple[int, ...], ...]
     positions: tuple[tuple[Position, ...], ...]
+    ends: tuple[int, ...] = ()
 
 
 def build_tokenizer(texts: Iterable[str], vocab_size: int = 768) -> Any:
@@ -109,6 +112,8 @@ def encode(tokenizer: Any, turns: Sequence[Turn], phrases: Sequence[Phrase]) -> 
     loss_mask = [0] * len(ids)
     places = _places(tokenizer, turns, text)
     answer_at: dict[int, int] = {}
+    ends: list[int] = []
+    named = {phrase.turn for phrase in phrases}
     for k, turn in enumerate(turns):
         if turn.role != "assistant":
             continue
@@ -123,13 +128,14 @@ def encode(tokenizer: Any, turns: Sequence[Turn], phrases: Sequence[Phrase]) -> 
         for i in range(first, len(ids)):
             loss_mask[i] = 1
             if offsets[i][0] >= places[k][1]:  # the token that ends the turn, nothing after it
+                ends += [i - 1] if k in named else []
                 break
     found = [_span(p, places[p.turn][0], turns, offsets, answer_at) for p in phrases]
     spans = tuple(tuple(at for at, _ in span) for span in found)
     positions: tuple[tuple[Position, ...], ...] = tuple(
         tuple(position for _, position in span) for span in found
     )
-    return Encoded(tuple(ids), tuple(loss_mask), spans, positions)
+    return Encoded(tuple(ids), tuple(loss_mask), spans, positions, tuple(ends))
 
 
 def _places(

@@ -1,7 +1,7 @@
 """Texts with the places they should look at, and the arrays that hold rows of them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -14,13 +14,14 @@ TOKENS, ROWS = 4, 32
 @dataclass(frozen=True)
 class Text:
     """A record drawn for a batch. guided: columns of its row, and f32 [S], where they look.
-    absent: columns that are about something absent."""
+    absent: columns that are about something absent. hidden: columns whose token is not shown."""
 
     record_id: str
     kind: str
     encoded: Encoded
     guided: tuple[tuple[int, np.ndarray], ...]
     absent: tuple[int, ...] = ()
+    hidden: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         """Positions in a row: the last token is predicted, but predicts nothing."""
@@ -57,6 +58,18 @@ class TextGroup:
         return rows, columns
 
 
+def hide(text: Text, share: float, rng: np.random.Generator) -> Text:
+    """`text` with about a `share` of its answers' tokens hidden; what is hidden guides nothing."""
+    said = np.flatnonzero(text.encoded.loss_mask[: len(text)])
+    hidden = {int(column) for column in said[rng.random(len(said)) < share]}
+    return replace(
+        text,
+        guided=tuple((column, mask) for column, mask in text.guided if column not in hidden),
+        absent=tuple(column for column in text.absent if column not in hidden),
+        hidden=tuple(sorted(hidden)),
+    )
+
+
 def round_up(n: int, step: int = TOKENS) -> int:
     """The next multiple of `step`, at least one."""
     return max(step, -(-n // step) * step)
@@ -79,6 +92,7 @@ def text_group(
         for number, text in enumerate(texts):
             encoded, here = text.encoded, slice(start, start + len(text))
             ids[row, here], labels[row, here] = encoded.ids[:-1], encoded.ids[1:]
+            ids[row, [start + column for column in text.hidden]] = pad
             loss_mask[row, here] = encoded.loss_mask[1:]
             segments[row, here] = number
             guided += [(row, start + column, target) for column, target in text.guided]

@@ -74,6 +74,7 @@ class Job:
             flip=data.flip,
             bucket=data.bucket,
             pack=stage.pack,
+            word_dropout=stage.word_dropout,
             shuffle_masks=data.shuffle_masks,
             positions=stage.losses.attention.positions,
             absent=stage.losses.attention.absent > 0,

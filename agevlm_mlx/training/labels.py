@@ -83,11 +83,13 @@ class Labelling:
                 )
             kinds = {kind for spec in stage.texts for kind in spec.kinds}
             own = np.isin(records.kind_of, [n for n, k in enumerate(records.kinds) if k in kinds])
-            if stage.losses.attention.absent > 0 and not records.absent[own].any():
+            attention = stage.losses.attention
+            nowhere = records.absent[own].any() or "end" in attention.positions
+            if attention.absent > 0 and not nowhere:
                 raise UserError(
                     f"stage '{stage.name}': losses.attention.absent > 0, but no phrase in texts of "
                     'its kinds says "absent": true; mark phrases about absent things, as `agevlm '
-                    "scenes --absent-phrases` does, or set it to 0"
+                    "scenes --absent-phrases` does, add the position 'end', or set it to 0"
                 )
             if not stage.losses.attention.guides:
                 continue

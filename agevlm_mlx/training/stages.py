@@ -37,7 +37,8 @@ class AttentionLoss:
     #: Supervise these of the layers that look at the image, counted from 0; None is all.
     layers: tuple[int, ...] | None = None
     #: Which positions of a phrase are guided: its own tokens, the one before a phrase of an answer,
-    #: where it is chosen, and the question's end, where the answer is chosen.
+    #: where it is chosen, and the question's end, where the answer is chosen. With ``end`` the
+    #: end of an answer with phrases looks at the null slot, as `absent` things do.
     positions: tuple[Position, ...] = POSITIONS
     #: Weight of a loss of its own that has phrases about absent things look at the null slot.
     absent: float = 0.0
@@ -61,6 +62,11 @@ class AttentionLoss:
                     f"{where}: expected at least one and none twice in losses.attention.{name}, "
                     f"got {list(chosen)}"
                 )
+        if "end" in self.positions and not self.absent:
+            raise UserError(
+                f"{where}: expected losses.attention.absent > 0 with the position 'end', which is "
+                "guided by it, got 0"
+            )
         if self.layers is not None:
             _at_least(where, "losses.attention.layers", min(self.layers), 0)
 
@@ -104,6 +110,9 @@ class Stage:
     warmup: int = 0
     #: Put the texts of an image into one row where they fit, each seeing only itself.
     pack: bool = False
+    #: Share of the tokens of an answer that the model is not shown while it learns what follows
+    #: them (word dropout, arXiv 1511.06349): what comes next has to be seen, not guessed.
+    word_dropout: float = 0.0
     losses: Losses = field(default_factory=Losses)
 
     def __post_init__(self) -> None:
@@ -115,6 +124,8 @@ class Stage:
             raise UserError(
                 f"{where}: expected lr > 0 and lr_end >= 0, got {self.lr}, {self.lr_end}"
             )
+        if not 0 <= self.word_dropout < 1:
+            raise UserError(f"{where}: expected 0 <= word_dropout < 1, got {self.word_dropout}")
         if not 0 < self.decay <= 1:
             raise UserError(f"{where}: expected 0 < decay <= 1, got {self.decay}")
         if not self.texts:
