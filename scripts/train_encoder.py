@@ -4,7 +4,7 @@ It stands in for the pretrained CLIP of the paper, as small as the rest of the e
 example, and learns on scenes made for this purpose alone. Two are made:
 
     python scripts/train_encoder.py --steps 4000 --out agevlm_mlx/assets/encoder
-    python scripts/train_encoder.py --large --steps 6000 --n 40000 --out runs/encoder/large
+    python scripts/train_encoder.py --large --steps 5000 --n 40000 --out runs/encoder/large
 
 The first is that of the `scenes` recipes, a tagger: the mean of its tokens is classified into the
 nouns (multi-label); 0.12 s a step on one core. The second, from which the default model starts,
@@ -126,7 +126,8 @@ def augment(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def augment_with_cells(
     pixels: np.ndarray, cells: np.ndarray, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mirror, turn over and shift by whole cells, and change brightness and contrast."""
+    """Mirror, shift by whole cells, change brightness and contrast, and show some in squares of 2 or
+    4 px and some with noise: shapes have to be known without their details, too."""
     B, side = len(cells), round(cells.shape[1] ** 0.5)
     grid = cells.reshape(B, side, side)
     if rng.random() < 0.5:
@@ -134,6 +135,12 @@ def augment_with_cells(
     moved, size = rng.integers(0, side, size=2), pixels.shape[1] // side
     pixels = np.roll(pixels, moved * size, axis=(1, 2)).astype(np.float32)
     grid = np.roll(grid, moved, axis=(1, 2))
+    for i in np.flatnonzero(rng.random(B) < 0.4):
+        square, n = int(rng.choice([2, 4])), pixels.shape[1]
+        rows = pixels[i].reshape(n // square, square, n // square, square, 3).mean((1, 3))
+        pixels[i] = rows.repeat(square, 0).repeat(square, 1)
+    for i in np.flatnonzero(rng.random(B) < 0.2):
+        pixels[i] += rng.normal(0, rng.uniform(4, 20), pixels[i].shape)
     light, contrast = rng.uniform(-25, 25, (B, 1, 1, 1)), rng.uniform(0.75, 1.25, (B, 1, 1, 1))
     pixels = np.clip((pixels - 127) * contrast + 127 + light, 0, 255)
     return pixels, grid.reshape(B, -1)
