@@ -126,8 +126,8 @@ def augment(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def augment_with_cells(
     pixels: np.ndarray, cells: np.ndarray, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mirror, shift by whole cells, change brightness and contrast, and show some in squares of 2 or
-    4 px and some with noise: shapes have to be known without their details, too."""
+    """Mirror, shift by whole cells, change brightness and contrast, and show some in squares of
+    2 or 4 px and some with noise: shapes have to be known without their details, too."""
     B, side = len(cells), round(cells.shape[1] ** 0.5)
     grid = cells.reshape(B, side, side)
     if rng.random() < 0.5:
