@@ -83,8 +83,9 @@ class Panel:
 
 _PANELS = (
     Panel("Next-token loss", "nats a token", {"lm": "training", "val_lm": "validation"}),
-    Panel("Attention loss", "mean of guided words", {"attention": "training"}),
+    Panel("Attention loss", "mean of guided words", {"attention": "training", "absent": "absent"}),
     Panel("Pointing", "share of peaks on the object", {"val_pointing": "validation"}, top=1),
+    Panel("Answers", "share that is right", {"val_answers": "validation"}, top=1),
     Panel("Feature loss", "mean of image tokens", {"features": "training"}),
     Panel("Gradient norm", "L2, before clipping", {"norm": "training"}, log=True),
     Panel("Learning rate", "", {"lr": "training"}),

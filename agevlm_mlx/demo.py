@@ -32,8 +32,6 @@ from .training.stages import Recipe, read_recipe
 #: Arm -> recipe. The first is the one whose data both use.
 RECIPES = {"guided": "scenes", "concat": "scenes-concat"}
 TEST_IMAGES = 500
-#: One thread for each of two processes side by side beats two threads for each.
-ONE_THREAD = {name: "1" for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")}
 
 EXAMPLES = """
 examples:
@@ -252,7 +250,10 @@ def _train(demo: Demo, recipes: dict[str, tuple[list[str], Recipe]]) -> dict[str
         start = time.monotonic()
         try:
             seconds = demo.run(
-                tasks, lambda: _trained(demo, recipes), together=not on_metal(), env=ONE_THREAD
+                tasks,
+                lambda: _trained(demo, recipes),
+                together=not on_metal(),
+                env=parallel.ONE_THREAD,
             )
         except BaseException:
             spent = time.monotonic() - start
@@ -309,7 +310,7 @@ def _evaluate(demo: Demo) -> None:
     )  # fmt: skip
     demo.steps.do(
         "evaluate",
-        lambda: demo.run(tasks, together=not on_metal(), env=ONE_THREAD),
+        lambda: demo.run(tasks, together=not on_metal(), env=parallel.ONE_THREAD),
         inputs=[demo.steps.key("scenes"), demo.steps.key("train")],
         code=[
             "benchmarks",

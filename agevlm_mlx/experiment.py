@@ -13,7 +13,7 @@ from .evaluation.machine import on_metal
 from .experiments import parameters
 from .experiments.plan import FILE, Cell, Plan, Run, shipped_experiments
 from .experiments.prepare import prepare
-from .experiments.runner import ONE_THREAD, Runner, clock, time_left
+from .experiments.runner import Runner, clock, time_left
 from .experiments.state import State
 from .experiments.tuning import tuned
 from .steps import claim
@@ -24,7 +24,7 @@ FORMAT = """\
   seeds = [0, 1, 2]               of every run; an arm's data, initial weights and order
   [arms.NAME]                     set = ["key=value", ...] of the recipe; about = "..."
   [tests.NAME]                    held-out scenes: split, n, seed; style = "plain", about = "..."
-  [tuning]                        optional: trials = {{ NAME = CHANGE, ... }}, the same of all arms
+  [tuning]                        optional: trials = {{ NAME = CHANGE, ... }}, of all arms alike;
                                   seed; test (used by nothing else); metric; lower = false;
                                   length = 1.0. The best trial of an arm is used in all its runs
   [analysis]                      optional: `agevlm analyze` on limit = 100 pictures of a test;
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     files.make_folder(plan.out)
     with claim(plan.out) as lock, parallel.terminate_as_interrupt():
-        runner = Runner(plan, state, jobs, None if on_metal() else ONE_THREAD, [lock])
+        runner = Runner(plan, state, jobs, None if on_metal() else parallel.ONE_THREAD, [lock])
         try:
             _everything(plan, state, runner, trials, cells, args)
         except KeyboardInterrupt:
@@ -146,17 +146,17 @@ def _report(plan: Plan, state: State) -> None:
 def _print_sizes(
     plan: Plan, cells: Sequence[Cell], sizes: dict[tuple[str, str], tuple[int, int]]
 ) -> None:
-    width = max(len(_label(*key)) for key in sizes) + 2
+    told = {}
+    for (arm, vary), size in sizes.items():
+        alike = {size for (other, _), size in sizes.items() if other == arm}
+        told[arm if len(alike) == 1 else f"{arm}/{vary}"] = size
+    width = max(map(len, told)) + 2
     print(f"{'model':<{width}}{'parameters':>12}{'trained':>12}")
-    for key, (total, trained) in sizes.items():
-        print(f"{_label(*key):<{width}}{total:>12,}{trained:>12,}")
-    runs, steps = plan.queue(cells), 0
+    for name, (total, trained) in told.items():
+        print(f"{name:<{width}}{total:>12,}{trained:>12,}")
+    runs = plan.queue(cells)
     steps = sum(run.recipe.steps for run in runs)
     print(f"{plan.name}: {len(runs)} runs, {steps:,} steps, in {plan.out}")
-
-
-def _label(arm: str, vary: str) -> str:
-    return arm if vary == "base" else f"{arm}/{vary}"
 
 
 def _dry_run(

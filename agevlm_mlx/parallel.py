@@ -16,6 +16,8 @@ from .errors import UserError
 QUIET_SECONDS = 30.0
 #: Seconds a stopped command has to save what it has.
 GRACE = 60.0
+#: One thread for each of two processes side by side beats two threads for each.
+ONE_THREAD = {name: "1" for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")}
 
 
 @dataclass(frozen=True)

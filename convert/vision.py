@@ -193,12 +193,13 @@ def _resized(config: dict[str, Any], image_size: int | None) -> Any:
 
 @contextmanager
 def open_vision(where: str, image_size: int | None = None) -> Iterator[Converted]:
-    """The same for what a user names: a hub id, a foreign folder, a folder that `save` made,
-    or "shipped"."""
+    """The same for what a user names: a hub id, a foreign folder, a folder that `save` or
+    ``scripts/train_encoder.py`` made, or "shipped"."""
     folder = shipped("encoder") if where == "shipped" else source.locate(where)
     path = folder / "config.json"
     table = read_json(path) if path.is_file() else {}
-    if where == "shipped":
+    embedded = isinstance(table, dict) and "model_type" not in table and _is_ours(folder)
+    if embedded and isinstance(table.get("vision_config"), dict):
         table = table["vision_config"]
     elif not (
         isinstance(table, dict)
@@ -209,7 +210,11 @@ def open_vision(where: str, image_size: int | None = None) -> Iterator[Converted
         with open_encoder(folder, image_size) as converted:
             yield converted
         return
-    config_class, _ = VISION_ENCODERS[table["model_type"]]
+    kind = str(table.get("model_type"))
+    if kind not in VISION_ENCODERS:
+        known = ", ".join(VISION_ENCODERS)
+        raise UserError(f"{path}: vision_config.model_type: expected one of {known}, got {kind!r}")
+    config_class, _ = VISION_ENCODERS[kind]
     config = asdict(from_dict(config_class, table, str(path)))
     encoder = _resized(config, image_size)
     stored = folder / "preprocessor_config.json"

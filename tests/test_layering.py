@@ -180,7 +180,11 @@ ONLY_IN = {
     "webview": {"app/window.py"},
     "starlette": {"agevlm_mlx/serving/app.py"},
     "pyarrow": {"agevlm_mlx/data/columnar.py"},
-    "matplotlib": {"agevlm_mlx/analysis/figures.py", "agevlm_mlx/curves.py"},
+    "matplotlib": {
+        "agevlm_mlx/analysis/figures.py",
+        "agevlm_mlx/curves.py",
+        "agevlm_mlx/experiments/figures.py",
+    },
     "tensorboardX": {"agevlm_mlx/training/trackers.py"},
     "trackio": {"agevlm_mlx/training/trackers.py"},
     "wandb": {"agevlm_mlx/training/trackers.py"},

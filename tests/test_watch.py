@@ -22,6 +22,7 @@ from agevlm_mlx.data.scenes import write_scenes
 from agevlm_mlx.look_sheet import Look, inside, sheet, strip, tile
 from agevlm_mlx.sam.targets import rle_encode
 from agevlm_mlx.training.rules import named_parameters
+from agevlm_mlx.training.stages import AttentionLoss, Losses
 from agevlm_mlx.watch import Pictures
 
 
@@ -39,7 +40,7 @@ def shipped() -> Any:
 
 def recipe(heads: int | None = 2) -> Any:
     def stage(weight: float, heads: int | None) -> Any:
-        losses = SimpleNamespace(attention=SimpleNamespace(weight=weight, heads=heads))
+        losses = Losses(attention=AttentionLoss(weight=weight, heads=heads))
         return SimpleNamespace(losses=losses)
 
     return SimpleNamespace(

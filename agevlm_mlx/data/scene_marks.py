@@ -10,8 +10,7 @@ from ..sam.targets import rle_encode
 from .nouns import ALL_NOUNS
 from .painting import Scene
 
-#: The longest first: a hot dog is no dog.
-_NOUN = re.compile(rf"\b({'|'.join(sorted(ALL_NOUNS, key=len, reverse=True))})\b")
+_NOUN = re.compile(rf"\b({'|'.join(ALL_NOUNS)})\b")
 
 
 def mark_masks(records: list[dict[str, Any]], scene: Scene) -> None:

@@ -3,6 +3,7 @@
 matplotlib (``agevlm-mlx[analyze]``) is imported only when something is drawn.
 """
 
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -91,7 +92,8 @@ def sizes(
 ) -> bool:
     """Numbers against the pictures trained on: a line an arm, longer training dashed."""
     names = [name for name in HEADLINE if name != "text.caption_f1"][:4]
-    images = sorted({_images(cell) for cell in cells if _images(cell)})
+    there = [cell for cell in cells if results.judged(cell.runs, test)]
+    images = sorted({_images(cell) for cell in there if _images(cell)})
     if len(images) < 2:
         return False
     with _figure(path, 2 * 2.4 + 0.7) as figure:
@@ -100,9 +102,9 @@ def sizes(
             for n, arm in enumerate(entry.arms):
                 for style, length in zip(("-", "--", ":", "-."), entry.lengths, strict=False):
                     mine = [c for c in cells if (c.arm, c.length) == (arm, length)]
-                    _size_line(results, axes, sorted(mine, key=_images), test, name,
-                               color=_COLOURS[n], linestyle=style,
-                               label=arm if len(entry.lengths) == 1 else f"{arm}, {length}")  # fmt: skip
+                    label = arm if len(entry.lengths) == 1 else f"{arm}, {length}"
+                    look = {"color": _COLOURS[n], "linestyle": style, "label": label}
+                    _size_line(results, axes, sorted(mine, key=_images), test, name, **look)
             axes.set_xscale("log")
             axes.set_xticks(images, [f"{n:,}" for n in images])
             axes.set_xticks([], minor=True)
@@ -139,7 +141,7 @@ def forest(pairs: Sequence[Compared], path: Path, title: str) -> bool:
     names = [name for name in HEADLINE if any(name in one.found for one in pairs)]
     if not names:
         return False
-    with _figure(path, 0.32 * len(pairs) + 1.5, top=0.75) as figure:
+    with _figure(path, 0.32 * len(pairs) + 1.4, top=0.6) as figure:
         grid = figure.subplots(1, len(names), squeeze=False, sharey=True)[0]
         for column, (axes, name) in enumerate(zip(grid, names, strict=True)):
             axes.axvline(0, color="#8a8f98", linewidth=1)
@@ -153,7 +155,7 @@ def forest(pairs: Sequence[Compared], path: Path, title: str) -> bool:
                 colour = "#009e73" if good else "#d55e00" if bad else "#8a8f98"
                 axes.plot([low, high], [row, row], color=colour, linewidth=2)
                 axes.plot([difference.value], [row], "o", color=colour, markersize=5)
-            axes.set_title(BY_NAME[name].label.replace(": ", ":\n").replace(", ", ",\n"), pad=4)
+            axes.set_title(textwrap.fill(BY_NAME[name].label, 13), pad=4, fontsize=9)
             axes.set_yticks(range(len(pairs)), [_pair(one) for one in pairs])
             axes.set_ylim(len(pairs) - 0.5, -0.5)
             axes.tick_params(axis="y", length=0, labelleft=column == 0)
@@ -198,11 +200,12 @@ def similarity(results: Results, cells: Sequence[Cell], test: str, path: Path, t
             hard = [results.values(r.name, test).get("logits.matching_auroc_hard")
                     for r in results.judged(cell.runs, test)]  # fmt: skip
             known = [value for value in hard if value is not None]
-            axes.set_title(f"{name}: hard AUROC {np.mean(known):.3f}" if known else name)
+            told = f"{name}\nhard AUROC {np.mean(known):.3f}" if known else name
+            axes.set_title(told, fontsize=9)
             axes.set_yticks([])
             if n + columns >= len(tables):
-                axes.set_xlabel("log p a token, nats")
                 axes.tick_params(labelbottom=True)
+        figure.supxlabel("log p of a caption's token, nats", fontsize=9, color="#5f6368")
         _legend(figure, grid[0][0], title)
     return True
 
@@ -243,21 +246,19 @@ def maps(
     if not cards:
         return False
     columns = len(rows) + 1
-    side = _WIDTH / columns
-    with _figure(path, (side + 0.2) * len(cards) + 0.9, top=0.75) as figure:
+    side = min(_WIDTH / columns, 1.8)
+    with _figure(path, (side + 0.25) * len(cards) + 1.1, 0.6, side * columns) as figure:
         grid = figure.subplots(len(cards), columns, squeeze=False)
-        for line, card in zip(grid, cards, strict=True):
+        for row, card in enumerate(cards):
             shown = {"": card.picture, **card.overlays}
-            for axes, (name, picture) in zip(line, shown.items(), strict=True):
+            for axes, (name, picture) in zip(grid[row], shown.items(), strict=True):
                 axes.imshow(np.asarray(picture))
                 axes.axis("off")
                 told = f"{card.energy[name]:.0%}" if name else card.noun
                 axes.text(0.5, -0.04, told, ha="center", va="top", transform=axes.transAxes)
-                if line is grid[0]:
-                    axes.set_title(name, loc="center")
-        note = "asked whether the noun is there; %: share of the attention on the thing"
-        _heading(figure, title, note)
-        figure.subplots_adjust(left=0.01, right=0.99, wspace=0.04, hspace=0.16, bottom=0.04)
+                if row == 0:
+                    axes.set_title(textwrap.fill(name, 12), loc="center", fontsize=9)
+        _heading(figure, title, "asked for the noun; %: of the attention on the thing")
     return True
 
 
@@ -265,7 +266,7 @@ def maps(
 
 
 @contextmanager
-def _figure(path: Path, height: float, top: float = 0.55) -> Iterator[Any]:
+def _figure(path: Path, height: float, top: float = 0.55, width: float = _WIDTH) -> Iterator[Any]:
     """A figure of `height` inches, its first `top` inches for the heading, written at the end."""
     try:
         from matplotlib import rc_context
@@ -273,8 +274,10 @@ def _figure(path: Path, height: float, top: float = 0.55) -> Iterator[Any]:
     except ImportError:
         raise UserError("matplotlib is missing: pip install 'agevlm-mlx[analyze]'") from None
     with rc_context({**STYLE, "text.parse_math": False}):
-        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-        figure.get_layout_engine().set(rect=(0, 0, 1, 1 - top / height))
+        figure = Figure(figsize=(width, height), layout="constrained")
+        # Pyright does not know which engine "constrained" is.
+        engine: Any = figure.get_layout_engine()
+        engine.set(rect=(0, 0, 1, 1 - top / height))
         yield figure
         write_file(path, lambda to: figure.savefig(to, dpi=_DPI, format="png"))
 
@@ -293,7 +296,7 @@ def _legend(figure: Any, axes: Any, title: str) -> None:
     height = figure.get_size_inches()[1]
     figure.legend(
         handles, labels, loc="upper left", bbox_to_anchor=(0.0, 1 - 0.3 / height),
-        ncols=min(len(labels), 8), columnspacing=1.2, handlelength=1.6,
+        ncols=min(len(labels), 8), columnspacing=1.2, handlelength=2.6,
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from .. import config
 from ..data.nouns import Split
 from ..data.styles import Style
 from ..errors import UserError
-from ..training.stages import Recipe, read_recipe, recipe_tables, shipped_recipes
+from ..training.stages import Recipe, recipe_tables, shipped_recipes
 
 #: A list of ``key=value`` for the recipe, or a number that multiplies every learning rate.
 Change = tuple[str, ...] | float
@@ -219,7 +219,11 @@ class Plan:
         self.name = self.folder.resolve().name
         self.out = Path("runs") / self.name if out is None else out
         self.base = self._base()
-        self._tables = recipe_tables(self.base)
+        try:
+            self._tables = recipe_tables(self.base)
+        except UserError as error:
+            raise UserError(f"{self.file}: recipe: {error}") from None
+        self._recipes: dict[tuple[str, tuple[Change, ...], float], tuple[list[str], Recipe]] = {}
         #: What every entry would be without tuning: checks all overrides.
         self.cells(dict.fromkeys(self.experiment.arms, ""))
         self.trials()
@@ -306,31 +310,41 @@ class Plan:
         factor: float, *, tests: tuple[str, ...], **about: str,
     ) -> Run:  # fmt: skip
         name = "-".join([*filter(None, parts), f"s{seed}"])
-        analysis = self.experiment.analysis
-        overrides = list(self.experiment.arms[arm].set)
-        where = f"{self.file}: arm '{arm}'"
+        analysis, out = self.experiment.analysis, self.run_folder(name)
         try:
-            for change in changes:
-                overrides += _overrides(self._tables, overrides, change)
-            overrides += _longer(self._tables, overrides, factor)
-            overrides.append(f"train.seed={seed}")
-            overrides.append(f"train.out={json.dumps(str(self.run_folder(name)))}")
-            overrides += self._placed(read_recipe(self.base, overrides))
-            recipe = read_recipe(self.base, overrides)
+            overrides, shared = self._recipe(arm, tuple(changes), factor)
+            overrides += [f"train.seed={seed}", f"train.out={json.dumps(str(out))}"]
+            recipe = replace(shared, train=replace(shared.train, seed=seed, out=out))
         except UserError as error:
-            raise UserError(f"{where}, run {name}: {error}") from None
+            raise UserError(f"{self.file}: arm '{arm}', run {name}: {error}") from None
         analysed = analysis is not None and analysis.test in tests
         return Run(
             name=name, arm=arm, seed=seed, base=self.base, overrides=tuple(overrides),
             recipe=recipe, tests=tests, analysed=analysed, **about,
         )  # fmt: skip
 
-    def _placed(self, recipe: Recipe) -> Iterator[str]:
+    def _recipe(
+        self, arm: str, changes: tuple[Change, ...], factor: float
+    ) -> tuple[list[str], Recipe]:
+        """The overrides and the recipe that runs of all seeds share; made once."""
+        key = arm, changes, factor
+        if key not in self._recipes:
+            overrides = list(self.experiment.arms[arm].set)
+            for change in changes:
+                overrides += _overrides(self._tables, overrides, change)
+            overrides += _longer(self._tables, overrides, factor)
+            overrides += self._placed(config.override(self._tables, overrides).get("data", {}))
+            tables = config.override(self._tables, overrides)
+            self._recipes[key] = overrides, config.from_dict(Recipe, tables)
+        overrides, recipe = self._recipes[key]
+        return list(overrides), recipe
+
+    def _placed(self, data: Mapping[str, Any]) -> Iterator[str]:
         """Overrides that put the recipe's data below the experiment's folder."""
         for key in _DATA:
-            path = getattr(recipe.data, key)
-            if path is not None and not path.is_absolute() and not str(path).startswith("hf:"):
-                yield f"data.{key}={json.dumps(str(self.out / 'data' / path.name))}"
+            path = data.get(key)
+            if isinstance(path, str) and not Path(path).is_absolute() and path[:3] != "hf:":
+                yield f"data.{key}={json.dumps(str(self.out / 'data' / Path(path).name))}"
 
     # --- places ------------------------------------------------------------------------------
 

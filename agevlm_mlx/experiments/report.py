@@ -21,7 +21,8 @@ def write(plan: Plan, state: State) -> str:
     found = tuned(plan, state, trials)
     cells = plan.cells({arm: one.best for arm, one in found.items()})
     results, sizes = Results(plan), parameters.counts(cells)
-    pairs = tables.compared(plan, results, cells)
+    pairs = tables.Pairs(results)
+    listed = tables.compared(plan, pairs, cells)
     runs = [*trials, *plan.queue(cells)]
     folder = files.make_folder(plan.out / "report")
     files.write_json(
@@ -41,14 +42,14 @@ def write(plan: Plan, state: State) -> str:
                         for name, d in one.found.items()
                     },
                 }
-                for one in pairs
+                for one in listed
             ],
         },
     )
-    write_text(folder / "table.md", tables.page(plan, results, cells, found, sizes, pairs))
+    write_text(folder / "table.md", tables.page(plan, results, cells, found, sizes, pairs, listed))
     written = [folder / "table.md", folder / "results.json"]
     try:
-        written += _draw(plan, results, cells, pairs, folder)
+        written += _draw(plan, results, cells, listed, folder)
     except UserError as error:  # no matplotlib: the numbers are there all the same
         return f"written: {', '.join(map(str, written))}\nno figures: {error}"
     return f"written: {folder}/{{{', '.join(path.name for path in written)}}}"
@@ -58,13 +59,13 @@ def _draw(
     plan: Plan,
     results: Results,
     cells: Sequence[Cell],
-    pairs: Sequence[tables.Compared],
+    listed: Sequence[tables.Compared],
     folder: Path,
 ) -> Iterator[Path]:
     """Every figure for which there is something; their files."""
     for entry in plan.experiment.runs:
         mine = [cell for cell in cells if cell.entry == entry.name]
-        own = [one for one in pairs if one.entry == entry.name]
+        own = [one for one in listed if one.entry == entry.name]
         for test in entry.tests:
             path, title = folder / f"sizes-{entry.name}-{test}.png", f"{entry.name}: {test}"
             if figures.sizes(results, entry, mine, test, path, title):
@@ -78,7 +79,9 @@ def _draw(
             path = folder / f"curves-{stem}.png"
             if figures.curves(results, group, path, title):
                 yield path
-            for test in entry.tests[:2]:
+            # The same scenes in the other variations say little more.
+            first = group[0].vary == next(iter(entry.vary))
+            for test in entry.tests[:2] if first else ():
                 title = ": ".join(filter(None, (entry.name, name, test)))
                 path = folder / f"similarity-{stem}-{test}.png"
                 if figures.similarity(results, group, test, path, title):

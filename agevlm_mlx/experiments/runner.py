@@ -10,9 +10,6 @@ from ..errors import UserError
 from .plan import Plan, Run
 from .state import State, latest, marked
 
-#: One thread for each of two processes side by side beats two threads for each.
-ONE_THREAD = {name: "1" for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")}
-
 
 class Runner:
     """Works off a queue of runs. One that fails does not stop the others."""

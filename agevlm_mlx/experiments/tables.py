@@ -27,37 +27,52 @@ class Compared:
     found: dict[str, Difference]
 
 
-def differences(
-    results: Results, a: Cell, b: Cell, test: str
-) -> tuple[tuple[int, ...], dict[str, Difference]]:
-    """(seeds that both have, number -> its paired difference a - b)."""
-    there = [{run.seed: run for run in results.judged(cell.runs, test)} for cell in (a, b)]
-    seeds = tuple(seed for seed in there[0] if seed in there[1])
-    if not seeds:
-        return (), {}
-    values = [[results.values(of[seed].name, test) for seed in seeds] for of in there]
-    drawn = [[results.drawn(of[seed].name, test) for seed in seeds] for of in there]
-    shared = set.intersection(*(set(one) for side in drawn for one in side))
-    found = {}
-    for name in (metric.name for metric in METRICS if metric.name in shared):
-        plain = [[one[name] for one in side] for side in values]
-        under = [[one[name] for one in side] for side in drawn]
-        found[name] = statistics.paired(plain[0], plain[1], under[0], under[1])
-    return seeds, found
+Differences = tuple[tuple[int, ...], dict[str, Difference]]
 
 
-def compared(plan: Plan, results: Results, cells: Sequence[Cell]) -> list[Compared]:
+class Pairs:
+    """Paired differences of cells on a test, each computed once."""
+
+    def __init__(self, results: Results) -> None:
+        self.results = results
+        self._known: dict[tuple[str, ...], Differences] = {}
+
+    def __call__(self, a: Cell, b: Cell, test: str) -> Differences:
+        """(seeds that both have, number -> its paired difference a - b)."""
+        key = (test, *(run.name for cell in (a, b) for run in cell.runs))
+        if key not in self._known:
+            self._known[key] = self._compute(a, b, test)
+        return self._known[key]
+
+    def _compute(self, a: Cell, b: Cell, test: str) -> Differences:
+        results = self.results
+        there = [{run.seed: run for run in results.judged(cell.runs, test)} for cell in (a, b)]
+        seeds = tuple(seed for seed in there[0] if seed in there[1])
+        if not seeds:
+            return (), {}
+        values = [[results.values(of[seed].name, test) for seed in seeds] for of in there]
+        drawn = [[results.drawn(of[seed].name, test) for seed in seeds] for of in there]
+        shared = set.intersection(*(set(one) for side in drawn for one in side))
+        found = {}
+        for name in (metric.name for metric in METRICS if metric.name in shared):
+            plain = [[one[name] for one in side] for side in values]
+            under = [[one[name] for one in side] for side in drawn]
+            found[name] = statistics.paired(plain[0], plain[1], under[0], under[1])
+        return seeds, found
+
+
+def compared(plan: Plan, pairs: Pairs, cells: Sequence[Cell]) -> list[Compared]:
     """Every pair that the experiment compares, where both have been judged."""
     found = []
     for entry in plan.experiment.runs:
         mine = {(c.arm, c.vary, c.length): c for c in cells if c.entry == entry.name}
         for test in entry.tests:
             for pair in entry.compare:
-                for first, second, vary, length in _pairs(entry, pair):
+                for first, second, vary, length in _sides(entry, pair):
                     a, b = mine.get((*first, length)), mine.get((*second, length))
                     if a is None or b is None:
                         continue
-                    seeds, numbers = differences(results, a, b, test)
+                    seeds, numbers = pairs(a, b, test)
                     if numbers:
                         found.append(
                             Compared(
@@ -68,7 +83,7 @@ def compared(plan: Plan, results: Results, cells: Sequence[Cell]) -> list[Compar
     return found
 
 
-def _pairs(
+def _sides(
     entry: RunsSpec, pair: tuple[str, str]
 ) -> Iterator[tuple[tuple[str, str], tuple[str, str], str, str]]:
     """((arm, variation), (arm, variation), the variation they share or "", length)."""
@@ -94,9 +109,10 @@ def page(
     cells: Sequence[Cell],
     tuned: dict[str, Tuned],
     sizes: Sizes,
-    pairs: Sequence[Compared],
+    pairs: Pairs,
+    listed: Sequence[Compared],
 ) -> str:
-    """table.md."""
+    """table.md. listed: the differences that stand below the numbers."""
     lines = [f"# {plan.name}", ""]
     if plan.experiment.about:
         lines += [plan.experiment.about, ""]
@@ -109,8 +125,8 @@ def page(
         if not judged:
             lines += ["", "Nothing has been judged yet."]
         for test in judged:
-            lines += _entry(plan, results, entry, mine, test, sizes)
-            own = [one for one in pairs if one.entry == entry.name and one.test == test]
+            lines += _entry(plan, pairs, entry, mine, test, sizes)
+            own = [one for one in listed if one.entry == entry.name and one.test == test]
             lines += _differences(own)
         lines += _analysis(plan, results, entry, mine)
     return "\n".join(lines) + "\n"
@@ -157,8 +173,9 @@ def _about(plan: Plan, tuned: dict[str, Tuned]) -> Iterator[str]:
 
 
 def _entry(
-    plan: Plan, results: Results, entry: RunsSpec, cells: Sequence[Cell], test: str, sizes: Sizes
+    plan: Plan, pairs: Pairs, entry: RunsSpec, cells: Sequence[Cell], test: str, sizes: Sizes
 ) -> Iterator[str]:
+    results = pairs.results
     scenes = plan.experiment.tests[test]
     yield ""
     yield f"### {entry.name}: {test}"
@@ -181,7 +198,7 @@ def _entry(
         for metric in METRICS:
             if not any(_values(results, cell, test, metric.name) for cell in there):
                 continue
-            best = _best(results, there, test, metric)
+            best = _best(pairs, there, test, metric)
             values = [
                 _bold(_mean(_values(results, cell, test, metric.name), metric.digits), cell is best)
                 for cell in there
@@ -227,19 +244,19 @@ def _values(results: Results, cell: Cell, test: str, name: str) -> list[float]:
     return [one[name] for one in found if name in one]
 
 
-def _best(results: Results, cells: Sequence[Cell], test: str, metric: Metric) -> Cell | None:
+def _best(pairs: Pairs, cells: Sequence[Cell], test: str, metric: Metric) -> Cell | None:
     """The cell whose number is surely better than that of each other one; None without any."""
     means = {
         id(cell): metric.better * statistics.spread(values)[0]
         for cell in cells
-        if (values := _values(results, cell, test, metric.name))
+        if (values := _values(pairs.results, cell, test, metric.name))
     }
     if not metric.better or len(means) < 2:
         return None
     best = max((c for c in cells if id(c) in means), key=lambda c: means[id(c)])
     for other in cells:
         if other is not best and id(other) in means:
-            found = differences(results, best, other, test)[1].get(metric.name)
+            found = pairs(best, other, test)[1].get(metric.name)
             if found is None or not statistics.sure(found, metric.better):
                 return None
     return best

@@ -184,12 +184,29 @@ class AgeVLM(nn.Module):
     def share(self, seen: list[Any], texts: int, segments: mx.array | None = None) -> list[Any]:
         """A cache for one pass over `texts` text rows an image, of images looked at before.
 
-        `seen` comes from ``look(z_img)``, has no text yet and stays as it is: keys and values
-        of the images, and for concat the pass over their tokens, are computed once for all
-        groups of texts. segments: int32 [B*R T] where rows hold several texts (`PackedCache`);
+        `seen` comes from ``look(z_img)`` or `begin` and stays as it is: keys and values of the
+        images, and for concat the pass over their tokens, are computed once for all groups of
+        texts. segments: int32 [B*R T] where rows hold several texts (`PackedCache`);
         all of a row see its image. ``ValueError`` if the model cannot (`packing.why_not_packed`).
         """
         return [_serve(entry, texts, segments) for entry in seen]
+
+    def can_begin(self, seen: list[Any]) -> bool:
+        """Whether `begin` can go on from these caches: all keep keys and values, nothing else."""
+        texts = [getattr(entry, "text", entry) for entry in seen]
+        return all(type(text) is ConcatenateKVCache for text in texts)
+
+    def begin(self, seen: list[Any], ids: mx.array) -> list[Any]:
+        """`seen` (see `share`), having read a beginning that an image's texts have in common.
+
+        ids: int32 [B T]. The texts go on after it.
+        """
+        begun = self.share(seen, 1)
+        self(ids, begun, keep=lambda out: out[:, -1:])  # only what stays in the caches is computed
+        for entry, before in zip(begun, seen, strict=True):
+            # Layers that were left out (`text_states.given_states`) stand there, too.
+            getattr(entry, "text", entry).offset = before.offset + ids.shape[1]
+        return begun
 
     def _prefix(self, z_img: mx.array, cache: list[Any]) -> list[Any]:
         """Concat: the image tokens are the first tokens of the text's own cache."""

@@ -66,6 +66,12 @@ class Labelling:
         sample = [wanted[n] for n in range(0, len(wanted), max(len(wanted) // SAMPLE, 1))]
         keys = {job.key: image_sha256(job.path) for job in sample if job.key in store}
         store.check(self.preprocessor.fingerprint(), self.grid, keys)
+        asked = self.recipe.data.prompt
+        if asked != "box" and not store.meta.prompt.startswith(asked):
+            raise UserError(
+                f"data.{key}: expected labels made with data.prompt = {asked!r}, got those of "
+                f"{path}, made with {store.meta.prompt!r}; name another folder"
+            )
         if features and not store.meta.feature_channels:
             raise UserError(
                 f"losses.features > 0: {path} holds no features; make a store with "
@@ -125,8 +131,11 @@ class Labelling:
         else:
             command.append(f"--preprocessing={json.dumps(own.to_dict())}")
         command.append(f"--grid={self.grid[0]}x{self.grid[1]}")
-        if (path / INDEX).is_file() and Store(path).meta.prompt == "point":
-            command.append("--prompt=point")
+        prompt = self.recipe.data.prompt
+        if prompt == "box" and (path / INDEX).is_file() and Store(path).meta.prompt == "point":
+            prompt = "point"
+        if prompt != "box":
+            command.append(f"--prompt={prompt}")
         if self.recipe.data.on_error == "skip":
             command.append("--on-error=skip")
         return [*command, "--features"] if features else command

@@ -1,7 +1,6 @@
 """The loss of a batch: one pass of the encoder, one of the language model per group of texts."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +12,10 @@ from mlx.utils import tree_unflatten
 from ..data.batches import Batch, TextGroup
 from ..errors import UserError
 from ..models.agevlm import AgeVLM
-from .losses import EPS, absent_loss, attention_loss, feature_loss, soft_mask, token_loss
+from .losses import EPS, absent_loss, attention_loss, feature_loss, soft_mask
+from .reading import begin_texts, read_texts, text_loss
 from .stages import AttentionLoss, Losses
-from .text_memory import TextMemory, given_states
+from .text_memory import TextMemory
 
 #: The parts of a loss, in the order `batch_loss` returns them.
 PARTS = ("lm", "attention", "absent", "features")
@@ -50,46 +50,6 @@ class FeatureAdaptor(nn.Module):
             blocks = z_vis.reshape(z_vis.shape[0], Gh, gh // Gh, Gw, gw // Gw, -1)
             z_vis = blocks.mean(axis=(2, 4)).flatten(1, 2)
         return self.fc2(nn.relu(self.norm(self.fc1(z_vis))))
-
-
-def read_texts(
-    model: AgeVLM,
-    seen: list[Any],
-    group: TextGroup,
-    *,
-    guided: bool,
-    heads: int | None,
-    layers: Collection[int] | None = None,
-    memory: TextMemory | None = None,
-) -> tuple[mx.array, mx.array | None]:
-    """logits [n V] of a group's supervised positions (`TextGroup.supervised`) and, if `guided`,
-    attn_map [P L heads S] of its rows, of these heads and layers (see ``AgeVLM.attend``).
-
-    `seen` is what ``model.look`` gave for the batch's images. Most tokens are prompt or padding:
-    with a large vocabulary their logits would cost more than layers. With a `memory` the layers
-    below the first looking one are left out.
-    """
-    segments = None if group.segments is None else mx.array(group.segments).flatten(0, 1)
-    cache = model.share(seen, group.ids.shape[1], segments)
-    ids = mx.array(group.ids).flatten(0, 1)  # [B*R T]
-    at = tuple(map(mx.array, group.supervised))
-
-    def keep(out: mx.array) -> mx.array:
-        return out[at][None]
-
-    states = None if memory is None else memory.of(group)
-    with nullcontext() if states is None else given_states(model, states):
-        if not guided:
-            return model(ids, cache, keep=keep)[0], None
-        rows, cols = mx.array(group.rows), mx.array(group.cols)
-        logits, maps = model.attend(ids, cache, rows, cols, heads, layers, keep=keep)
-        return logits[0], maps
-
-
-def text_loss(logits: mx.array, group: TextGroup) -> tuple[mx.array, float]:
-    """`token_loss` of a group from its logits [n V], as `read_texts` gives them."""
-    at, shape = group.supervised, (-1, group.ids.shape[-1])
-    return token_loss(logits, group.labels.reshape(shape)[at], group.loss_mask.reshape(shape)[at])
 
 
 @dataclass(frozen=True)
@@ -144,7 +104,7 @@ def batch_loss(
     """
     totals = totals or Totals.of([batch])
     z_vis = model.encode(mx.array(batch.pixels))
-    seen = model.look(model.project(z_vis))
+    seen, begun = begin_texts(model, model.look(model.project(z_vis)), batch.groups, memory)
     wanted = losses.attention
     lm, attention, absent = mx.array(0.0), mx.array(0.0), mx.array(0.0)
     for group in batch.groups:
@@ -159,6 +119,7 @@ def batch_loss(
             heads=wanted.heads,
             layers=wanted.layers,
             memory=memory,
+            begun=begun,
         )
         lm = lm + text_loss(logits, group)[0]
         if attn_map is not None and weight > 0:
@@ -232,10 +193,17 @@ def validate(
     right, asked = np.zeros(2), np.zeros(2)  # of all, and of the hard ones
     for batch in batches:
         seen = model.look(model.project(model.encode(mx.array(batch.pixels))))
+        seen, begun = begin_texts(model, seen, batch.groups)
         for group in batch.groups:
             guided = bool(group.weight.any())
             logits, attn_map = read_texts(
-                model, seen, group, guided=guided, heads=attention.heads, layers=attention.layers
+                model,
+                seen,
+                group,
+                guided=guided,
+                heads=attention.heads,
+                layers=attention.layers,
+                begun=begun,
             )
             loss, weight = text_loss(logits, group)
             nll, tokens = nll + float(np.array(loss)), tokens + weight

@@ -215,6 +215,9 @@ class DataSpec:
     scenes: ScenesSpec | None = None
     #: Run ``agevlm teach`` (in its own process, with torch) for a store that does not exist.
     teach: bool = False
+    #: What `teach` shows SAM: a phrase's box, a point (the middle of its box), or nothing, so that
+    #: the phrase gets the automatic mask that fits its box.
+    prompt: Literal["box", "point", "auto"] = "box"
     #: Mirror images at random. Leave it off when texts say left and right.
     flip: bool = False
     #: A control: every phrase is guided by the mask of a phrase of another, random image.

@@ -14,15 +14,13 @@ import numpy as np
 from ..data.bounded import Bounded
 from ..data.text_rows import TextGroup
 from ..models.agevlm import AgeVLM
-from ..models.text_states import given_states, text_states, why_not_given
+from ..models.text_states import text_states, why_not_given
 from .rules import parameter_scales
 from .stages import Stage
 
 #: Memory for the states; the least recently used are forgotten first.
 MOST_BYTES = 1 << 29
 _LAYER = re.compile(r"language_model\.model\.layers\.(\d+)\.")
-
-__all__ = ["TextMemory", "given_states", "text_memory"]
 
 
 class TextMemory:
@@ -38,20 +36,17 @@ class TextMemory:
 
     def of(self, group: TextGroup) -> mx.array | None:
         """What the first looking layer is given, [B*R T D]; zeros after the last position of a
-        row that is supervised or guided. None for packed rows, where a text starts anywhere."""
+        row that is asked for anything. None for packed rows, where a text starts anywhere."""
         if group.segments is not None:
             return None
         ids = group.ids.reshape(-1, group.ids.shape[-1])
         lengths = np.zeros(len(ids), int)
-        kept = group.weight > 0
-        if group.absent is not None:
-            kept |= group.absent > 0
-        for rows, columns in (group.supervised, (group.rows[kept], group.cols[kept])):
-            np.maximum.at(lengths, rows, columns + 1)
+        rows, columns = asked(group)
+        np.maximum.at(lengths, rows, columns + 1)
         texts = {row[:n].tobytes(): row[:n] for row, n in zip(ids, lengths, strict=True) if n}
         if not texts:
             return None
-        states = {key: self._of(key, text) for key, text in texts.items()}
+        states = {key: self._lazy(text) for key, text in texts.items()}
         mx.eval(*states.values())
         # One array of all different texts behind a row of zeros, and where each position is in it.
         first = dict(zip(states, np.cumsum([1, *map(len, texts.values())]), strict=False))
@@ -62,11 +57,26 @@ class TextMemory:
         some = next(iter(states.values()))
         return mx.concatenate([mx.zeros_like(some[:1]), *states.values()])[mx.array(at)]
 
-    def _of(self, key: bytes, text: np.ndarray) -> mx.array:
-        def compute() -> mx.array:
-            return text_states(self._model, mx.array(text)[None])[0]
+    def of_text(self, ids: np.ndarray) -> mx.array:
+        """The same of one text i32 [T]: [T D]."""
+        states = self._lazy(ids)
+        mx.eval(states)
+        return states
 
-        return self._states.get(key, compute, lambda states: states.nbytes)
+    def _lazy(self, ids: np.ndarray) -> mx.array:
+        def compute() -> mx.array:
+            return text_states(self._model, mx.array(ids)[None])[0]
+
+        return self._states.get(ids.tobytes(), compute, lambda states: states.nbytes)
+
+
+def asked(group: TextGroup) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns of the positions that are supervised, or whose maps are."""
+    kept = group.weight > 0
+    if group.absent is not None:
+        kept = kept | (group.absent > 0)
+    rows, columns = group.supervised
+    return np.append(rows, group.rows[kept]), np.append(columns, group.cols[kept])
 
 
 def text_memory(model: AgeVLM, stage: Stage) -> TextMemory | None:

@@ -1,6 +1,7 @@
 """The teacher's labels that a run opens or has made, with a real teacher on small pictures."""
 
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -42,8 +43,10 @@ def labelling(
     teach: bool = False,
     on_error: Literal["stop", "skip"] = "stop",
     said: list[str] | None = None,
+    prompt: Literal["box", "point", "auto"] = "box",
 ) -> labels.Labelling:
-    recipe: Any = SimpleNamespace(data=SimpleNamespace(teach=teach, on_error=on_error))
+    data = SimpleNamespace(teach=teach, on_error=on_error, prompt=prompt)
+    recipe: Any = SimpleNamespace(data=data)
     say = print if said is None else said.append
     return labels.Labelling(recipe, preprocessor, (4, 4), teach, say)
 
@@ -71,6 +74,16 @@ def test_what_teaching_makes_is_what_the_run_takes(data: Path, preprocessor, sho
     command = labelling(preprocessor)._command(data.with_name("other"), data, False)
     assert ("--image-size=32" in command) == short
     assert any(word.startswith("--preprocessing=") for word in command) != short
+
+
+@pytest.mark.parametrize("prompt", ["point", "auto"])
+def test_the_teacher_is_shown_what_the_recipe_says(data: Path, prompt: Literal["point", "auto"]):
+    opened(labelling(Preprocessor(image_size=32), teach=True), data)
+    with pytest.raises(UserError, match=f"data.prompt = '{prompt}', got those of .*'box'"):
+        opened(labelling(Preprocessor(image_size=32), teach=True, prompt=prompt), data)
+    shutil.rmtree(data.with_name("store"))
+    store = opened(labelling(Preprocessor(image_size=32), teach=True, prompt=prompt), data)
+    assert store.meta.prompt.startswith(prompt)
 
 
 def test_images_that_the_teacher_left_out_are_not_wanted_of_it_again(data: Path):

@@ -126,7 +126,6 @@ def test_quantised_weights_cannot_be_trained_but_what_is_beside_them_can():
         ("stages.0.losses.attention.weight=nan", "expected losses.attention weights >= 0"),
         ("stages.0.losses.attention.weight_end=-1", "expected losses.attention weights >= 0"),
         ("stages.0.losses.attention.absent=-0.1", "expected losses.attention weights >= 0"),
-        ("stages.0.losses.attention.heads=0", "expected losses.attention.heads >= 1"),
         ("stages.0.losses.attention.layers=[]", "at least one and none twice in losses.attention"),
         ("stages.0.losses.attention.layers=[1, 1]", "none twice in losses.attention.layers"),
         ("stages.0.losses.attention.layers=[-1]", "expected losses.attention.layers >= 0, got -1"),
@@ -182,5 +181,5 @@ def test_the_resolved_recipe_survives_being_written(tmp_path: Path):
 
 
 def test_an_unknown_recipe_names_the_shipped_ones():
-    with pytest.raises(UserError, match="one of: scenes, scenes-concat"):
+    with pytest.raises(UserError, match=r"one of: .*scenes, scenes-concat"):
         stages.read_recipe("scene")

@@ -25,7 +25,7 @@ from agevlm_mlx.training.rules import named_parameters, trainable_names
 from agevlm_mlx.training.stages import AttentionLoss, Losses
 from agevlm_mlx.training.trainer import Trainer
 
-from .conftest import ROWS, TOKENS, VOCABULARY, noise_batch
+from .conftest import ROWS, VOCABULARY, noise_batch
 
 #: Columns of metrics.jsonl that tell the time, not what was learned.
 CLOCKS = {"seconds", "waited"}
