@@ -152,6 +152,14 @@ class Foreign:
             scores.append(tuple(row))
         return scores
 
+    def confidence(
+        self,
+        requests: Sequence[Request],
+        answers: Sequence[str],
+        spans: Sequence[Sequence[tuple[int, int]]],
+    ) -> list[tuple[float, ...]]:
+        return [()] * len(requests)
+
     def look(self, requests: Sequence[Request], phrases: Sequence[str]) -> list[Looked | None]:
         pairs = zip(requests, phrases, strict=True)
         return [self._look(request, phrase) for request, phrase in pairs]

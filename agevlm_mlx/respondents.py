@@ -134,6 +134,27 @@ class Ours:
                     out[mine[place]] = tuple(values)
         return out
 
+    def confidence(
+        self,
+        requests: Sequence[Request],
+        answers: Sequence[str],
+        spans: Sequence[Sequence[tuple[int, int]]],
+    ) -> list[tuple[float, ...]]:
+        """See `Respondent.confidence`."""
+        said = [
+            (request.prompt, answer, where)
+            for request, answer, where in zip(requests, answers, spans, strict=True)
+        ]
+        out: list[tuple[float, ...]] = [()] * len(requests)
+
+        def blind(rows: Sequence[Any]) -> list[Any]:
+            raise ValueError("confidence: expected an image in every request")
+
+        for places, found in self._both(requests, said, self._shown.confidence, blind):
+            for place, values in zip(places, found, strict=True):
+                out[place] = values
+        return out
+
     def look(self, requests: Sequence[Request], phrases: Sequence[str]) -> list[Looked | None]:
         """See `Respondent.look`."""
         asker, model = self._shown, self.loaded.model

@@ -16,6 +16,7 @@ from ..data.records import CAPTION_PROMPT
 from ..data.scene_texts import presence_question
 from ..evaluation import metrics, yes_no
 from ..evaluation.benchmark import Benchmark, Given, Item, Scores, mask_key
+from ..evaluation.mentions import chair_at_recall, mentions
 from ..evaluation.scene_folder import (
     NEEDS,
     POPE_SPLITS,
@@ -29,6 +30,9 @@ from ..evaluation.yes_no import Question
 
 #: Of the captions that are told apart: the same ones for every model and every run.
 _SEED = 1
+
+#: Shares of the objects at which captions are compared.
+RECALLS = (0.5, 0.7, 0.8, 0.9)
 
 #: Score -> what it is the mean of, of `pointing.measures`.
 _LOOKS = {
@@ -162,11 +166,24 @@ def _score_captions(given: Sequence[Given], scores: Scores) -> None:
     counts = [metrics.caption_counts(_mentions(g), g.item.about["objects"]) for g in given]
     for name, (top, bottom) in metrics.caption_ratios(np.array(counts)).items():
         scores.ratio(name, given, top, bottom)
+    said = [_mentions(g) for g in given]
+    if all(len(g.log_p) == len(nouns) for g, nouns in zip(given, said, strict=True)):
+        there = [g.item.about["objects"] for g in given]
+        found = mentions(said, [g.log_p for g in given], there)
+        for recall in RECALLS:
+            chair = partial(chair_at_recall, found, list(map(len, there)), recall)
+            scores.drawn_from(f"chair_i_at_recall.{round(100 * recall)}", given, chair)
 
 
 def _mentions(given: Given) -> list[str]:
     """The nouns that a caption names, in order."""
     return _vocabulary(tuple(given.item.about["nouns"])).mentions(given.answer)
+
+
+def _spans(item: Item, said: str) -> list[tuple[int, int]]:
+    """Where they are."""
+    found = _vocabulary(tuple(item.about["nouns"])).find(said)
+    return [(start, end) for _, start, end in found]
 
 
 @cache
@@ -181,6 +198,7 @@ BENCHMARK = Benchmark(
     read=read,
     score=score,
     parse=yes_no.parse,
+    mentions=_spans,
     headline=(
         "pope.adversarial.accuracy",
         "pope.popular.accuracy",

@@ -228,16 +228,24 @@ class Asker:
                 out[i][r] = _mean_over_answer(log_p[row], encoded[i][r])
         return out
 
-    def token_log_p(self, prompt: str, answers: Sequence[str]) -> list[np.ndarray]:
-        """For each image and its answer the log-probability of each token of the conversation but
-        the first, given those before it: f64 [T-1]."""
-        encoded = [self._answered(prompt, answer) for answer in answers]
-        out = [np.zeros(0)] * len(answers)
-        for one in self._passes([[e.ids] for e in encoded], True):
+    def confidence(
+        self, said: Sequence[Sequence[tuple[str, str, Sequence[tuple[int, int]]]]]
+    ) -> list[list[tuple[float, ...]]]:
+        """For each image and each (prompt, answer, spans of the answer) about it the
+        log-probability of the first token of each span, given all before it."""
+        encoded = [[self._spoken(*one) for one in row] for row in said]
+        out: list[list[tuple[float, ...]]] = [[()] * len(row) for row in said]
+        for one in self._passes([[e.ids for e in row] for row in encoded], True):
             log_p = self._log_p(one.ids, self._look(one.images, one.R, None))
-            for row, i, _ in one.places():
-                out[i] = log_p[row][: len(encoded[i].ids) - 1]
+            for row, i, r in one.places():
+                # A phrase's first position is the one before it, which predicts its first token.
+                spans = encoded[i][r].spans
+                out[i][r] = tuple(float(log_p[row][span[0]]) for span in spans)
         return out
+
+    def _spoken(self, prompt: str, answer: str, spans: Sequence[tuple[int, int]]) -> chat.Encoded:
+        turns = (Turn("user", prompt), Turn("assistant", answer))
+        return chat.encode(self.tokenizer, turns, [Phrase(answer[a:b], 1, a, b) for a, b in spans])
 
     def blind_log_likelihood(self, prompt: str, answers: Sequence[str]) -> np.ndarray:
         """The same without any image, in one pass: f64[answers]."""

@@ -66,6 +66,7 @@ class Given:
     scores: of ``likelihood`` (and of ``choice`` asked by logits), one an option: log-probabilities,
         in nats (of ``likelihood`` the mean per token). blind: the same without an image.
     look: of ``look``, what `pointing.measures` found.
+    log_p: of ``text``, how sure the model was of each of `Benchmark.mentions`; () if it cannot say.
     """
 
     item: Item
@@ -73,6 +74,7 @@ class Given:
     scores: tuple[float, ...] = ()
     blind: tuple[float, ...] = ()
     look: Mapping[str, Any] = field(default_factory=dict)
+    log_p: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +85,8 @@ class Benchmark:
     parse: the option that an answer in words means, by the benchmark's own rule; "" for none.
     score: numbers from answers. It is called for each way of asking and each control, with the
         items of some kinds only, and scores what is there.
+    mentions: the (start, end) of the words in a ``text`` answer whose probability is asked for,
+        where they were said and with its own image.
     headline: the numbers that are printed first, by their names in `Scores`.
     max_tokens: of an answer in words, text_tokens: of one to a ``text`` item, if that is another
         number. prompt: put around every question, as "{question}".
@@ -94,6 +98,7 @@ class Benchmark:
     read: Callable[[Source], list[Item]]
     score: Callable[[Sequence[Given], "Scores"], None]
     parse: Callable[[Item, str], str] = lambda item, said: said
+    mentions: Callable[[Item, str], Sequence[tuple[int, int]]] | None = None
     headline: tuple[str, ...] = ()
     max_tokens: int = 16
     text_tokens: int | None = None
@@ -152,6 +157,17 @@ class Scores:
         draws = metrics.auroc_draws(positive_scores, negative_scores, p, n, self._draws)
         self.put(name, metrics.auroc(positive_scores, negative_scores), draws)
         self._from[name] = min(len(set(p)), len(set(n)))
+
+    def drawn_from(
+        self, name: str, given: Sequence[Given], function: Callable[[metrics.Weights], np.ndarray]
+    ) -> None:
+        """A number that is no ratio of sums: `function` of how often each of `given` counts,
+        f64[boots given] -> f64[boots]; nothing where it does not exist."""
+        value = float(function(np.ones((1, len(given))))[0])
+        if np.isfinite(value):
+            at = [self._place[one.item.unit] for one in given]
+            self.put(name, value, function(self._draws[:, at]))
+            self._from[name] = len(set(at))
 
     def derive(self, name: str, function: Callable[..., Any], *names: str) -> None:
         """A number made from others, as 100 * (a + b): `function` of values and of draws alike."""

@@ -59,6 +59,16 @@ class Respondent(Protocol):
         """For each request the mean log-probability per token of each answer, with its end."""
         ...
 
+    def confidence(
+        self,
+        requests: Sequence[Request],
+        answers: Sequence[str],
+        spans: Sequence[Sequence[tuple[int, int]]],
+    ) -> list[tuple[float, ...]]:
+        """For the answer given to each request the log-probability, in nats, of the first token of
+        each of its spans (start, end) where it was said; () for a model that cannot say."""
+        ...
+
     def look(self, requests: Sequence[Request], phrases: Sequence[str]) -> list[Looked | None]:
         """Where a phrase of each request's prompt looks; None for a model that cannot say."""
         ...

@@ -289,8 +289,21 @@ class Run:
         for n, text in said if wanted else ():
             for one in self._keep(places, wanted[n], text, "answer"):
                 if not one.left:
+                    self._confide(one)
                     self._add(one.row)
                     self._tell()
+
+    def _confide(self, one: _Asked) -> None:
+        """Add how sure the model was of what its answer mentions, where that is asked."""
+        item = one.item
+        if item.kind != "text" or self.benchmark.mentions is None or item.image is None:
+            return
+        said = one.row["answer"]
+        spans = self.benchmark.mentions(item, said)
+        if spans:
+            request = Request(item.image, self._prompt(item))
+            found = self.respondent.confidence([request], [said], [spans])[0]
+            one.row["answer_log_p"] = list(found)
 
     def _places(self, asked: Sequence[_Asked], what: str) -> dict[Asked, list[tuple[_Asked, str]]]:
         """Every different thing to ask, and where its answer belongs."""

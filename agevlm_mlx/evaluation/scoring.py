@@ -53,7 +53,8 @@ def given(
         elif item.kind == "choice":
             yield Given(item, benchmark.parse(item, value))
         else:
-            yield Given(item, value)
+            sure = row.get("answer_log_p") if not control else None
+            yield Given(item, value, log_p=tuple(sure or ()))
 
 
 def constants(rows: Sequence[Row]) -> dict[str, list[Given]]:
