@@ -21,7 +21,7 @@ from agevlm_mlx import errors, weights  # before mlx: it opens a fast BLAS on Li
 
 import mlx.core as mx  # isort: skip
 import numpy as np
-from agevlm_convert.language_model import open_language_model
+from agevlm_convert import language_model  # pyright: ignore[reportMissingImports]
 from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 
@@ -117,7 +117,7 @@ def answer(model: Any, tokenizer: Any, question: str, tokens: int) -> str:
 
 def own_language_model(where: str, dtype: mx.Dtype) -> Any:
     """The language model that `agevlm-convert assemble --lm` takes, never grafted."""
-    with open_language_model(where) as lm:
+    with language_model.open_language_model(where) as lm:
         model = build_language_model(lm.text_config)
         tie_embeddings(model, lm.text_config)
         if lm.quantization:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import mlx.core as mx
@@ -17,6 +18,7 @@ from agevlm_mlx.generation import generate
 from agevlm_mlx.models.graft import build_language_model
 from agevlm_mlx.models.vision import build_encoder
 from convert import __main__ as cli
+from convert.language_model import packaged
 
 # transformers imports torchvision for the configuration of any language model, if it is there.
 pytestmark = pytest.mark.usefixtures("torchvision")
@@ -346,3 +348,38 @@ def test_offline_the_hub_is_named(siglip, tmp_path, capsys, monkeypatch):
     said = refusal(capsys, tmp_path, Path("org/name"), siglip, tmp_path / "out")
     assert "config.json was wanted from the hub" in said
     assert "HF_HUB_OFFLINE" in said
+
+
+def test_gates_may_start_open(lm, siglip, tmp_path):
+    assert assemble(lm, siglip, tmp_path / "out", "--gate-init", "0.5") == 0
+    ours = weights.load(tmp_path / "out")
+    assert {ours.model.layers[i].cross_attn.gate.item() for i in ours.model.looking_layers} == {0.5}
+    assert "language model alone" not in (tmp_path / "out/README.md").read_text()
+    assert assemble(lm, siglip, tmp_path / "nan", "--gate-init", "nan") == 2
+
+
+def test_a_language_model_in_a_python_package(tmp_path, monkeypatch, capsys):
+    """It is found by its name and never imported."""
+    package = tmp_path / "llm_tiny"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise AssertionError('imported')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert packaged("llm-tiny") is None
+    (package / "one.gguf").write_bytes(b"GGUF")
+    assert packaged("llm-tiny") == package / "one.gguf"
+    assert assemble(Path("llm-tiny"), "shipped", tmp_path / "out") == 2
+    assert "one.gguf" in capsys.readouterr().err  # it is this file that is refused
+    (package / "two.gguf").write_bytes(b"GGUF")
+    for name in ("llm-tiny", "llm-not-there", "../llm_tiny", str(package), "org/name"):
+        assert packaged(name) is None, name
+
+
+def test_an_encoder_as_the_script_makes_it(lm, tmp_path, capsys):
+    """`scripts/train_encoder.py` writes what the package ships."""
+    folder = tmp_path / "encoder"
+    shutil.copytree(weights.shipped("encoder"), folder)
+    assert assemble(lm, folder, tmp_path / "out") == 0
+    assert "agevlm_vit, 64x64 pixels" in capsys.readouterr().out
+    (folder / "config.json").write_text('{"vision_config": {"model_type": "vgg"}}')
+    assert assemble(lm, folder, tmp_path / "bad") == 2
+    assert "expected one of" in capsys.readouterr().err
