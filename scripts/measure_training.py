@@ -50,7 +50,7 @@ from agevlm_mlx.malloc import keep_freed
 from agevlm_mlx.models.agevlm import AgeVLM
 from agevlm_mlx.training import build, stages
 from agevlm_mlx.training.losses import attention_loss, token_loss
-from agevlm_mlx.training.objective import read_texts, text_loss
+from agevlm_mlx.training.reading import read_texts, text_loss
 from agevlm_mlx.training.rules import named_parameters, parameter_scales, set_trainable
 from agevlm_mlx.training.stages import AttentionLoss, Losses
 

@@ -18,6 +18,8 @@ from agevlm_mlx.config import read_json
 from agevlm_mlx.models.graft import build_language_model
 
 ROOT = Path(__file__).parents[1]
+# transformers imports torchvision, if it is there.
+pytestmark = pytest.mark.usefixtures("torchvision")
 
 
 @pytest.fixture(scope="module")

@@ -204,7 +204,7 @@ def test_the_shipped_encoder(lm, tmp_path):
     assert assemble(lm, "shipped", tmp_path / "a") == 0
     assert weights.load(tmp_path / "a").model.grid == (8, 8)
     assert assemble(lm, "shipped", tmp_path / "b", "--image-size", "96") == 0
-    assert weights.load(tmp_path / "b").model.grid == (12, 12)
+    assert weights.load(tmp_path / "b").model.grid == (6, 6)
 
 
 def test_another_image_size(lm, siglip, tmp_path):
@@ -379,7 +379,7 @@ def test_an_encoder_as_the_script_makes_it(lm, tmp_path, capsys):
     folder = tmp_path / "encoder"
     shutil.copytree(weights.shipped("encoder"), folder)
     assert assemble(lm, folder, tmp_path / "out") == 0
-    assert "agevlm_vit, 64x64 pixels" in capsys.readouterr().out
+    assert "agevlm_vit, 128x128 pixels" in capsys.readouterr().out
     (folder / "config.json").write_text('{"vision_config": {"model_type": "vgg"}}')
     assert assemble(lm, folder, tmp_path / "bad") == 2
     assert "expected one of" in capsys.readouterr().err

@@ -17,7 +17,8 @@ from agevlm_mlx.data.records import Record
 from agevlm_mlx.models.agevlm import AgeVLM
 from agevlm_mlx.models.packing import why_not_packed
 from agevlm_mlx.sam.targets import rle_encode
-from agevlm_mlx.training.objective import loss_and_gradients, read_texts
+from agevlm_mlx.training.objective import loss_and_gradients
+from agevlm_mlx.training.reading import read_texts
 from agevlm_mlx.training.rules import named_parameters
 from agevlm_mlx.training.stages import AttentionLoss, Losses
 

@@ -27,6 +27,10 @@ TRAINED = {
         "instruct": ALL,
         "refine": FROM_SCRATCH,
     }.items()
+} | {
+    ("default", "align"): FROM_SCRATCH,
+    ("default", "guide"): ALL,
+    ("default", "instruct"): ALL,
 }
 
 
