@@ -17,6 +17,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any, cast
 
 import agevlm_mlx  # noqa: F401  (before mlx: it opens the fast BLAS)
 
@@ -29,7 +30,9 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from agevlm_mlx.config import read_json, to_dict
 from agevlm_mlx.data.image import Preprocessor, load_image
+from agevlm_mlx.data.nouns import Split
 from agevlm_mlx.data.scenes import write_scenes
+from agevlm_mlx.data.styles import Style
 from agevlm_mlx.models.vision.vit import VitConfig, VitEncoder
 from agevlm_mlx.sam.targets import rle_decode
 
@@ -37,7 +40,10 @@ from agevlm_mlx.sam.targets import rle_decode
 TRAIN_SEED, HELD_OUT_SEED = 7001, 7002
 CONFIG = VitConfig(image_size=128, patch_size=16, stem_channels=(24, 48), num_hidden_layers=4)
 #: Held-out pictures: split and style.
-HELD_OUT = {"plain": ("val", "plain"), "varied": ("balanced", "varied")}
+HELD_OUT: dict[str, tuple[Split, Style]] = {
+    "plain": ("val", "plain"),
+    "varied": ("balanced", "varied"),
+}
 
 
 class CellClassifier(nn.Module):
@@ -169,7 +175,7 @@ def main() -> int:
     first, spent, state = 1, 0.0, args.out / "state.safetensors"
     args.out.mkdir(parents=True, exist_ok=True)
     if state.exists():
-        kept, about = mx.load(str(state), return_metadata=True)  # pyright: ignore
+        kept, about = cast(Any, mx.load(str(state), return_metadata=True))
         optimizer.init(model.trainable_parameters())
         model.load_weights([(k[6:], v) for k, v in kept.items() if k.startswith("model.")])
         optimizer.state = tree_unflatten(
@@ -197,8 +203,8 @@ def main() -> int:
                 "seconds": round(time.time() - started),
             }
             print(json.dumps(summary), flush=True)
-            everything = {f"model.{k}": v for k, v in tree_flatten(model.parameters())}
-            everything |= {f"optimizer.{k}": v for k, v in tree_flatten(optimizer.state)}
+            parts = {"model": model.parameters(), "optimizer": optimizer.state}
+            everything = dict(cast(Any, tree_flatten(parts)))
             about = {"step": str(step), "seconds": str(time.time() - started)}
             new = args.out / "new.safetensors"
             mx.save_safetensors(str(new), everything, about)

@@ -382,7 +382,10 @@ def test_validation_is_over_tokens_and_points_with_the_most_attended_cell(noise_
     hits[1] = np.roll(hits[1], 1)  # a miss
     logits = mx.zeros((len(group.supervised[0]), VOCABULARY))
 
-    def known(*_: Any, guided: bool, heads: Any, layers: Any) -> tuple[mx.array, mx.array]:
+    def known(
+        *_: Any, guided: bool, heads: Any, layers: Any, begun: int
+    ) -> tuple[mx.array, mx.array]:
+        assert begun == 0
         assert guided
         assert (heads, layers) == (2, (1,))
         return logits, mx.array(hits)[:, None, None]
