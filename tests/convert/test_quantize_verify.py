@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten
 from agevlm_mlx.config import FusionConfig, read_json
 from agevlm_mlx.errors import UserError
 from agevlm_mlx.models.agevlm import AgeVLM
+from agevlm_mlx.models.vision.vit import VitConfig, VitEncoder
 from agevlm_mlx.quantization import layers_by_bits
 from agevlm_mlx.weights import load, read_weights, save_model, shipped
 from agevlm_mlx.weights import quantize as quantize_as_stored
@@ -321,8 +322,10 @@ def test_encoder_folders(tmp_path, capsys):
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder in folders:
         shutil.copytree(shipped("encoder"), folder)
-        (folder / "config.json").write_text('{"model_type": "agevlm_vit", "image_size": 64}')
-        shutil.copy(shipped("model") / "preprocessor_config.json", folder)
+        own = json.loads((folder / "config.json").read_text())["vision_config"]
+        (folder / "config.json").write_text(json.dumps(own))
+        pixels = VitEncoder(VitConfig(image_size=128, patch_size=16, stem_channels=(24, 48)))
+        (folder / "preprocessor_config.json").write_text(json.dumps(pixels.preprocessing))
     arguments = ["verify", *map(str, folders), "--logits", "--images", "1"]
     assert cli.main(arguments) == 0
     weights = read_weights(folders[1])

@@ -130,7 +130,7 @@ def test_quantised_weights_cannot_be_trained_but_what_is_beside_them_can():
         ("stages.0.losses.attention.layers=[1, 1]", "none twice in losses.attention.layers"),
         ("stages.0.losses.attention.layers=[-1]", "expected losses.attention.layers >= 0, got -1"),
         ("stages.0.losses.attention.positions=[]", "none twice in losses.attention.positions"),
-        ("stages.0.losses.attention.positions=['after']", "'word' or 'before' or 'answer', got"),
+        ("stages.0.losses.attention.positions=['after']", "'answer' or 'end', got"),
         ("data.scenes={n=4, style='cubist'}", "data.scenes.style: expected 'plain' or"),
         ("data.scenes={n=4, texts='long'}", "data.scenes.texts: expected 'short' or 'rich'"),
         ("stages.0.decay=0", "stage 'align': expected 0 < decay <= 1"),
