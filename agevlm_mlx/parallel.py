@@ -86,7 +86,7 @@ def begin(
 ) -> "subprocess.Popen[bytes]":
     """Start a task's command, which writes its log; env and keep as for `run`."""
     task.log.parent.mkdir(parents=True, exist_ok=True)
-    with open(task.log, "wb") as log:
+    with open(task.log, "wb") as log, _heard():
         # A session of its own: the terminal's Ctrl-C comes here alone, and is passed on once
         # (a second one would make a command leave without saving).
         return subprocess.Popen(
@@ -98,6 +98,20 @@ def begin(
             pass_fds=tuple(keep),
             start_new_session=True,
         )
+
+
+@contextlib.contextmanager
+def _heard() -> Iterator[None]:
+    """Commands begun inside hear SIGINT, which is how they are stopped, also where this process
+    was put into the background by a shell that has it ignored."""
+    ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    if ignored:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if ignored:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def failure(task: Task, code: int) -> str:

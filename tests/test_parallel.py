@@ -52,6 +52,19 @@ def test_commands_run_at_the_same_time_and_leave_logs(tmp_path):
     assert (tmp_path / "one.log").read_text() == (tmp_path / "two.log").read_text() == "done\n"
 
 
+def test_a_command_can_be_stopped_where_this_process_ignores_interrupts(tmp_path):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        code = "import pathlib, sys, time\npathlib.Path(sys.argv[1]).touch()\ntime.sleep(30)"
+        process = parallel.begin(task(tmp_path, "one", code, str(tmp_path / "there")))
+        wait_for(tmp_path / "there")
+        parallel.stop([process])
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert "KeyboardInterrupt" in (tmp_path / "one.log").read_text()  # not killed
+
+
 def test_or_one_after_the_other(tmp_path):
     code = "import sys, time; print(time.time()); time.sleep(.05); print(time.time())"
     run([task(tmp_path, "one", code), task(tmp_path, "two", code)], together=False)
