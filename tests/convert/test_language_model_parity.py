@@ -68,7 +68,7 @@ def test_logits(
     ids = np.random.default_rng(0).integers(0, 300, (2, 96))
     with torch.no_grad():
         want = reference(torch.from_numpy(ids)).logits.numpy()
-    cache = ours.see(mx.zeros((2, 64, 64, 3)))
+    cache = ours.see(mx.zeros((2, 128, 128, 3)))
     got = np.array(ours(mx.array(ids), cache=cache))
     error = float((np.abs(got - want).max(-1) / np.abs(want).max(-1)).max())
     parity("Language models", f"transformers.{family}ForCausalLM", case, error, BOUND)
