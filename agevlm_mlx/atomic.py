@@ -32,6 +32,16 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
     sync_folder(path.parent)
 
 
+def sweep(folder: Path) -> None:
+    """Remove what a process that was killed in the middle of writing left in `folder`.
+
+    For one that nothing else writes to.
+    """
+    for left in folder.glob(f"{TEMPORARY}*"):
+        if left.is_file():
+            left.unlink(missing_ok=True)
+
+
 def sync_folder(folder: Path) -> None:
     """Let a file's new name survive a power cut, as its bytes do."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -26,7 +26,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from ..atomic import write_text
+from ..atomic import sweep, write_text
 from ..errors import UserError
 
 #: What a run writes besides the finished model; `--overwrite` removes these.
@@ -154,6 +154,8 @@ def alone(run: Path) -> Iterator[None]:
             raise UserError(
                 f"{run}: another process trains in this folder; wait for it, or choose --out"
             ) from None
+        for folder in (run, run / "pictures"):
+            sweep(folder)
         try:
             yield
         finally:

@@ -153,3 +153,14 @@ def test_clear_removes_a_run_and_nothing_else(tmp_path: Path):
         (tmp_path / name).write_text("")
     checkpoint.clear(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_what_a_killed_process_left_half_written_goes_when_a_run_is_taken_up(tmp_path: Path):
+    (tmp_path / "pictures").mkdir()
+    left = [tmp_path / ".tmp-0123", tmp_path / "pictures" / ".tmp-4567.png"]
+    kept = [tmp_path / "last", tmp_path / "mine.tmp-1"]
+    for path in (*left, *kept):
+        path.write_text("x")
+    with checkpoint.alone(tmp_path):
+        assert not any(path.exists() for path in left)
+        assert all(path.exists() for path in kept)
