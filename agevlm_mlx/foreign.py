@@ -21,7 +21,7 @@ from . import foreign_inside as inside
 from .config import read_json
 from .data.image import Geometry, Preprocessor, load_image
 from .errors import UserError, one_line
-from .evaluation.respondent import Looked, Request, model_name
+from .evaluation.respondent import Looked, Request, Said, model_name
 from .hub import download
 from .weights import fingerprint
 
@@ -152,13 +152,8 @@ class Foreign:
             scores.append(tuple(row))
         return scores
 
-    def confidence(
-        self,
-        requests: Sequence[Request],
-        answers: Sequence[str],
-        spans: Sequence[Sequence[tuple[int, int]]],
-    ) -> list[tuple[float, ...]]:
-        return [()] * len(requests)
+    def confidence(self, said: Sequence[Said]) -> list[tuple[float, ...]]:
+        return [()] * len(said)
 
     def look(self, requests: Sequence[Request], phrases: Sequence[str]) -> list[Looked | None]:
         pairs = zip(requests, phrases, strict=True)

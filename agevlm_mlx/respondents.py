@@ -13,7 +13,7 @@ from . import config, hub, weights
 from .data.image import load_image
 from .errors import UserError, one_line
 from .evaluation.asking import Asker
-from .evaluation.respondent import Looked, Request, Respondent, model_name
+from .evaluation.respondent import Looked, Request, Respondent, Said, model_name
 from .generation import batch_answers
 from .image_store import ImageStore, Sight
 from .prompts import as_turns, read
@@ -134,23 +134,16 @@ class Ours:
                     out[mine[place]] = tuple(values)
         return out
 
-    def confidence(
-        self,
-        requests: Sequence[Request],
-        answers: Sequence[str],
-        spans: Sequence[Sequence[tuple[int, int]]],
-    ) -> list[tuple[float, ...]]:
+    def confidence(self, said: Sequence[Said]) -> list[tuple[float, ...]]:
         """See `Respondent.confidence`."""
-        said = [
-            (request.prompt, answer, where)
-            for request, answer, where in zip(requests, answers, spans, strict=True)
-        ]
-        out: list[tuple[float, ...]] = [()] * len(requests)
+        out: list[tuple[float, ...]] = [()] * len(said)
 
         def blind(rows: Sequence[Any]) -> list[Any]:
             raise ValueError("confidence: expected an image in every request")
 
-        for places, found in self._both(requests, said, self._shown.confidence, blind):
+        requests = [one.request for one in said]
+        texts = [(one.request.prompt, one.answer, one.spans) for one in said]
+        for places, found in self._both(requests, texts, self._shown.confidence, blind):
             for place, values in zip(places, found, strict=True):
                 out[place] = values
         return out

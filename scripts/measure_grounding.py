@@ -131,7 +131,7 @@ def report(words: list[Word], images: int, thresholds: tuple[float, ...]) -> Non
     there = np.array([w.there for w in words])
     where = np.array([w.image for w in words])
     of_yes, of_no = draws[:, where[there]], draws[:, where[~there]]
-    for n, name in enumerate(SCORES):
+    for n, name in enumerate(SCORES if there.any() and not there.all() else ()):
         yes, no = split(words, n)
         wins = (yes[:, None] > no) + 0.5 * (yes[:, None] == no)
         drawn = ((of_yes @ wins) * of_no).sum(1) / (of_yes.sum(1) * of_no.sum(1))
@@ -143,6 +143,8 @@ def report(words: list[Word], images: int, thresholds: tuple[float, ...]) -> Non
     for threshold in thresholds:
         flagged = np.array([w.scores[0] < threshold for w in words])
         for name, kind in (("absent", ~there), ("present", there)):
+            if not kind.any():
+                continue
             low, high = metrics.mean_interval(where[kind].tolist(), flagged[kind].tolist(), draws)
             share = flagged[kind].mean()
             print(f"  below {threshold:.3f}: {share:.3f} [{low:.3f}, {high:.3f}] of {name} nouns")

@@ -482,15 +482,21 @@ def twins(request: Any, tmp_path_factory: Any) -> tuple[OurSubject, Foreign]:
     return OurSubject(load_ours(folder)), Foreign(out, load_theirs(str(out)))
 
 
-def test_our_own_model_exported_answers_as_before(twins: Any, pictures: list[Path]):
+def test_our_own_model_exported_answers_as_before(
+    twins: Any, pictures: list[Path], monkeypatch: Any
+):
     ours, exported = twins
     for model in twins:
         assert model.show(pictures) == {}
     requests = [Request(image, QUESTION) for image in (*pictures, None)]
     options, answers = [("yes", "no")] * 3, [("A red cat.", "Yes")] * 3
-    np.testing.assert_allclose(
-        exported.options(requests, options), ours.options(requests, options), atol=0.02
-    )
+    wanted = ours.options(requests, options)
+    if ours.about["fusion"] == "cross":  # trained: hardly anything is on " yes", with a space
+        np.testing.assert_allclose(exported.options(requests, options), wanted, atol=0.02)
+    heads = {name: ours._heads(name) for name in options[0]}
+    assert all(set(heads[name]) <= set(exported._first_tokens(name)) for name in heads)
+    monkeypatch.setattr(exported, "_first_tokens", heads.__getitem__)
+    np.testing.assert_allclose(exported.options(requests, options), wanted, atol=2e-4)
     np.testing.assert_allclose(
         exported.log_likelihood(requests, answers),
         ours.log_likelihood(requests, answers),

@@ -32,7 +32,7 @@ from ..evaluation.yes_no import Question
 _SEED = 1
 
 #: Shares of the objects at which captions are compared.
-RECALLS = (0.5, 0.7, 0.8, 0.9)
+RECALLS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 #: Score -> what it is the mean of, of `pointing.measures`.
 _LOOKS = {
@@ -43,6 +43,7 @@ _LOOKS = {
     "energy_in_mask_half_heads": "energy_half_heads",
     "uniform_energy": "uniform",
     "centre_pointing_game": "centre_hit",
+    "ideal_pointing_game": "ideal_hit",
     "centre_energy": "centre",
     "attention_on_image": "on_image",
 }
@@ -97,7 +98,7 @@ def _matching(folder: SceneFolder) -> Iterator[Item]:
             kind="likelihood",
             label=scene.caption,
             options=(scene.caption, scenes[order[n]].caption, *([hard] if hard else [])),
-            about={"task": "matching"},
+            about={"task": "matching", "nouns": [*folder.themes]},
         )
 
 
@@ -145,7 +146,8 @@ def score(given: Sequence[Given], scores: Scores) -> None:
         _score_captions(mine, scores)
     if mine := [g for g in _of(given, "grounding") if g.look]:
         for name, key in _LOOKS.items():
-            scores.mean(name, mine, [float(g.look[key]) for g in mine])
+            if all(key in g.look for g in mine):  # answers of an earlier version may lack some
+                scores.mean(name, mine, [float(g.look[key]) for g in mine])
         scores.derive("energy_gain", np.divide, "energy_in_mask", "uniform_energy")
 
 
@@ -160,19 +162,25 @@ def _score_matching(given: Sequence[Given], scores: Scores) -> None:
             scores.auroc(f"matching_auroc{suffix}", pairs, true, pairs, other)
             wins = (true > other) + 0.5 * (true == other)
             scores.mean(f"matching_win_rate{suffix}", pairs, wins)
+            if all(len(g.confirmed) == len(g.scores) for g in pairs):
+                true, other = (np.array([g.confirmed[n] for g in pairs]) for n in (0, column))
+                scores.auroc(f"matching_confirmed_auroc{suffix}", pairs, true, pairs, other)
 
 
 def _score_captions(given: Sequence[Given], scores: Scores) -> None:
     counts = [metrics.caption_counts(_mentions(g), g.item.about["objects"]) for g in given]
     for name, (top, bottom) in metrics.caption_ratios(np.array(counts)).items():
         scores.ratio(name, given, top, bottom)
-    said = [_mentions(g) for g in given]
-    if all(len(g.log_p) == len(nouns) for g, nouns in zip(given, said, strict=True)):
-        there = [g.item.about["objects"] for g in given]
-        found = mentions(said, [g.log_p for g in given], there)
-        for recall in RECALLS:
-            chair = partial(chair_at_recall, found, list(map(len, there)), recall)
-            scores.drawn_from(f"chair_i_at_recall.{round(100 * recall)}", given, chair)
+    said, there = [_mentions(g) for g in given], [g.item.about["objects"] for g in given]
+    for name, sure in (
+        ("chair_i_at_recall", [g.log_p for g in given]),
+        ("chair_i_confirmed_at_recall", [g.confirmed for g in given]),
+    ):
+        if all(len(values) == len(nouns) for values, nouns in zip(sure, said, strict=True)):
+            found = mentions(said, sure, there)
+            for recall in RECALLS:
+                chair = partial(chair_at_recall, found, list(map(len, there)), recall)
+                scores.drawn_from(f"{name}.{round(100 * recall)}", given, chair)
 
 
 def _mentions(given: Given) -> list[str]:
@@ -184,6 +192,12 @@ def _spans(item: Item, said: str) -> list[tuple[int, int]]:
     """Where they are."""
     found = _vocabulary(tuple(item.about["nouns"])).find(said)
     return [(start, end) for _, start, end in found]
+
+
+def _confirm(item: Item, said: str) -> list[str]:
+    """Whether each of them is there, as TIFA (arXiv 2303.11897) asks about captions."""
+    nouns = _vocabulary(tuple(item.about["nouns"])).mentions(said)
+    return [presence_question(noun, True) for noun in nouns]
 
 
 @cache
@@ -199,6 +213,7 @@ BENCHMARK = Benchmark(
     score=score,
     parse=yes_no.parse,
     mentions=_spans,
+    confirm=_confirm,
     headline=(
         "pope.adversarial.accuracy",
         "pope.popular.accuracy",
@@ -211,6 +226,7 @@ BENCHMARK = Benchmark(
         "energy_in_mask",
         "uniform_energy",
         "centre_pointing_game",
+        "ideal_pointing_game",
         "centre_energy",
     ),
     max_tokens=48,

@@ -67,6 +67,8 @@ class Given:
         in nats (of ``likelihood`` the mean per token). blind: the same without an image.
     look: of ``look``, what `pointing.measures` found.
     log_p: of ``text``, how sure the model was of each of `Benchmark.mentions`; () if it cannot say.
+    confirmed: of ``text``, for each of `Benchmark.confirm` log P(yes) - log P(no), in nats; of
+        ``likelihood``, the least of these of each option.
     """
 
     item: Item
@@ -75,6 +77,7 @@ class Given:
     blind: tuple[float, ...] = ()
     look: Mapping[str, Any] = field(default_factory=dict)
     log_p: tuple[float, ...] = ()
+    confirmed: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +90,8 @@ class Benchmark:
         items of some kinds only, and scores what is there.
     mentions: the (start, end) of the words in a ``text`` answer whose probability is asked for,
         where they were said and with its own image.
+    confirm: the yes/no questions that ask the model about what a text says: an answer of its own
+        to a ``text`` item, or an option of a ``likelihood`` item.
     headline: the numbers that are printed first, by their names in `Scores`.
     max_tokens: of an answer in words, text_tokens: of one to a ``text`` item, if that is another
         number. prompt: put around every question, as "{question}".
@@ -99,6 +104,7 @@ class Benchmark:
     score: Callable[[Sequence[Given], "Scores"], None]
     parse: Callable[[Item, str], str] = lambda item, said: said
     mentions: Callable[[Item, str], Sequence[tuple[int, int]]] | None = None
+    confirm: Callable[[Item, str], Sequence[str]] | None = None
     headline: tuple[str, ...] = ()
     max_tokens: int = 16
     text_tokens: int | None = None

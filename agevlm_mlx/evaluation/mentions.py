@@ -2,7 +2,8 @@
 
 Two models that name different amounts cannot be compared by CHAIR_i alone: whoever says less errs
 less. So the mentions of all captions are put in the order of the model's own confidence, and the
-least sure ones are taken back until as much is recalled as is asked for.
+least sure ones are taken back until as much is recalled as is asked for. Confidence is either the
+noun's probability where it was said, or the model's answer when it is asked for the noun.
 """
 
 from collections.abc import Sequence
@@ -17,25 +18,26 @@ from .metrics import Weights
 class Mention:
     """A noun that a caption names.
 
-    caption: its number. log_p: of the noun's first token where it was said, in nats.
+    caption: its number. sure: the model's confidence, in nats: the log-probability of the noun's
+    first token where it was said, or log P(yes) - log P(no) of the answer when asked for it.
     right: what it names is there. new: and this caption has not named it before.
     """
 
     caption: int
-    log_p: float
+    sure: float
     right: bool
     new: bool
 
 
 def mentions(
     said: Sequence[Sequence[str]],
-    log_p: Sequence[Sequence[float]],
+    sure: Sequence[Sequence[float]],
     present: Sequence[Sequence[str]],
 ) -> list[Mention]:
     """Those of all captions: the nouns of each in order, how sure they were, what is there."""
     found = []
-    for caption, (nouns, sure, there) in enumerate(zip(said, log_p, present, strict=True)):
-        for n, (noun, value) in enumerate(zip(nouns, sure, strict=True)):
+    for caption, (nouns, values, there) in enumerate(zip(said, sure, present, strict=True)):
+        for n, (noun, value) in enumerate(zip(nouns, values, strict=True)):
             right = noun in there
             found.append(Mention(caption, value, right, right and noun not in nouns[:n]))
     return found
@@ -49,7 +51,7 @@ def chair_at_recall(
     present: objects of each caption's picture. draws: f64[boots captions], how often each caption
     counts. nan where all mentions together recall less.
     """
-    surest = sorted(found, key=lambda mention: -mention.log_p)
+    surest = sorted(found, key=lambda mention: -mention.sure)
     if not surest:
         return np.full(len(draws), np.nan)
     caption = np.array([mention.caption for mention in surest])

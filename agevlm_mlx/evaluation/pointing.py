@@ -34,7 +34,8 @@ def measures(
     hit: the peak is inside the mask; near: or nearer than `TOLERANCE` (TorchRay's rule).
     energy: share of the image's attention inside the mask; uniform: the same of even attention
     over the picture, that is, the mask's share of it; centre: the same of a centred Gaussian;
-    centre_hit: the middle of the picture is inside the mask. gain: energy / uniform, 1 is no
+    centre_hit: the middle of the picture is inside the mask; ideal_hit: the centre of the cell that
+    the mask covers most is (small and hollow things may miss it). gain: energy / uniform, 1 is no
     better than even; nepg: (energy - uniform) / (1 - uniform), 0 is no better than even, 1 is all
     (None when the mask is the whole picture). auroc: of cells at least half in the mask against
     all others (None when there are no others). iou_half: IoU of the mask and {map >= half its
@@ -71,6 +72,7 @@ def measures(
         "energy_half_heads": target.energy(half),
         "centre": target.centre,
         "centre_hit": target.centre_hit,
+        "ideal_hit": target.hit(target.coverage),
         **({} if null is None else {"null": float(np.mean(null))}),
     }
 

@@ -18,6 +18,15 @@ class Request:
     prompt: str
 
 
+@dataclass(frozen=True)
+class Said:
+    """An answer that was given about an image, and parts of it: (start, end) in characters."""
+
+    request: Request
+    answer: str
+    spans: tuple[tuple[int, int], ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Looked:
     """Where a phrase looked: attention f32[L N Gh Gw], the mean over the phrase's tokens, for
@@ -59,14 +68,9 @@ class Respondent(Protocol):
         """For each request the mean log-probability per token of each answer, with its end."""
         ...
 
-    def confidence(
-        self,
-        requests: Sequence[Request],
-        answers: Sequence[str],
-        spans: Sequence[Sequence[tuple[int, int]]],
-    ) -> list[tuple[float, ...]]:
-        """For the answer given to each request the log-probability, in nats, of the first token of
-        each of its spans (start, end) where it was said; () for a model that cannot say."""
+    def confidence(self, said: Sequence[Said]) -> list[tuple[float, ...]]:
+        """For each answer the log-probability, in nats, of the first token of each of its spans
+        where it was said; () for a model that cannot say."""
         ...
 
     def look(self, requests: Sequence[Request], phrases: Sequence[str]) -> list[Looked | None]:

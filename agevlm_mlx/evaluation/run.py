@@ -10,16 +10,17 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 
 from ..errors import UserError
-from . import pointing
+from . import pointing, yes_no
 from .answers import AnswerFile, Row
 from .benchmark import Benchmark, Item, Kind
-from .respondent import Looked, Request, Respondent
+from .respondent import Looked, Request, Respondent, Said
 
 #: (items done, all items)
 Progress = Callable[[int, int], None]
@@ -225,6 +226,7 @@ class Run:
         self._look(by_kind["look"], chunk)
         self._score(by_kind["choice"], self.respondent.options)
         self._score(by_kind["likelihood"], self.respondent.log_likelihood)
+        self._confirm_options(by_kind["likelihood"])
         for one in by_kind["look"] + by_kind["likelihood"]:
             self._add(one.row)
         self._tell()
@@ -294,16 +296,41 @@ class Run:
                     self._tell()
 
     def _confide(self, one: _Asked) -> None:
-        """Add how sure the model was of what its answer mentions, where that is asked."""
+        """Add how sure the model was of what its answer mentions, and what it says when it is
+        asked about that, where these are wanted."""
         item = one.item
-        if item.kind != "text" or self.benchmark.mentions is None or item.image is None:
+        if item.kind != "text" or item.image is None:
             return
         said = one.row["answer"]
-        spans = self.benchmark.mentions(item, said)
-        if spans:
+        if self.benchmark.mentions and (spans := tuple(self.benchmark.mentions(item, said))):
             request = Request(item.image, self._prompt(item))
-            found = self.respondent.confidence([request], [said], [spans])[0]
+            found = self.respondent.confidence([Said(request, said, spans)])[0]
             one.row["answer_log_p"] = list(found)
+        if odds := self._confirmed([(item, said)])[0]:
+            one.row["answer_confirmed"] = odds
+
+    def _confirm_options(self, asked: Sequence[_Asked]) -> None:
+        """Add how well each option is confirmed, where all have something to ask about."""
+        found = iter(self._confirmed([(one.item, o) for one in asked for o in one.item.options]))
+        for one in asked:
+            odds = [next(found) for _ in one.item.options]
+            if all(odds):
+                one.row["scores_confirmed"] = [min(values) for values in odds]
+
+    def _confirmed(self, texts: Sequence[tuple[Item, str]]) -> list[list[float]]:
+        """For each text about an item's image log P(yes) - log P(no) of every question about what
+        it says; [] where there is none."""
+        confirm = self.benchmark.confirm
+        questions = [confirm(item, text) if confirm and item.image else () for item, text in texts]
+        requests = [
+            Request(item.image, question)
+            for (item, _), own in zip(texts, questions, strict=True)
+            for question in own
+        ]
+        if not requests:
+            return [[] for _ in texts]
+        odds = iter(self.respondent.options(requests, [yes_no.OPTIONS] * len(requests)))
+        return [[yes - no for yes, no in islice(odds, len(own))] for own in questions]
 
     def _places(self, asked: Sequence[_Asked], what: str) -> dict[Asked, list[tuple[_Asked, str]]]:
         """Every different thing to ask, and where its answer belongs."""

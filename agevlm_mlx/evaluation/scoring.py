@@ -49,12 +49,16 @@ def given(
         elif way == "logits":
             best = max(range(len(value)), key=value.__getitem__)
             blind = row.get("blind_scores") or value
-            yield Given(item, item.options[best], tuple(value), tuple(blind))
+            confirmed = () if control else tuple(row.get("scores_confirmed") or ())
+            yield Given(item, item.options[best], tuple(value), tuple(blind), confirmed=confirmed)
         elif item.kind == "choice":
             yield Given(item, benchmark.parse(item, value))
         else:
-            sure = row.get("answer_log_p") if not control else None
-            yield Given(item, value, log_p=tuple(sure or ()))
+            sure, confirmed = (
+                () if control else tuple(row.get(f"answer_{name}") or ())
+                for name in ("log_p", "confirmed")
+            )
+            yield Given(item, value, log_p=sure, confirmed=confirmed)
 
 
 def constants(rows: Sequence[Row]) -> dict[str, list[Given]]:

@@ -9,7 +9,7 @@ from agevlm_mlx.data.image import load_image
 from agevlm_mlx.data.scenes import write_scenes
 from agevlm_mlx.evaluation.asking import Asker
 from agevlm_mlx.evaluation.mentions import Mention, chair_at_recall, mentions
-from agevlm_mlx.evaluation.respondent import Request
+from agevlm_mlx.evaluation.respondent import Request, Said
 from agevlm_mlx.evaluation.scene_folder import read_scene_folder
 from agevlm_mlx.respondents import Ours
 from agevlm_mlx.weights import load
@@ -59,10 +59,9 @@ def test_confidence_is_what_the_model_gives_the_noun_where_it_says_it(tmp_path: 
     respondent = Ours(loaded)
     paths = [item.path for item in items]
     respondent.show(paths)
-    spans = [(2, 5), (12, 15)]
-    found = respondent.confidence(
-        [Request(path, prompt) for path in paths], [said] * 4, [spans, spans[1:], spans, []]
-    )
+    spans = ((2, 5), (12, 15))
+    asked = zip(paths, (spans, spans[1:], spans, ()), strict=True)
+    found = respondent.confidence([Said(Request(path, prompt), said, part) for path, part in asked])
     assert [len(one) for one in found] == [2, 1, 2, 0]
     asker = Asker(loaded, paths, load_image)
     start = asker.prompt(prompt)

@@ -64,6 +64,7 @@ def test_every_number_of_a_square_picture():
         # .324652 * (.324652 + .882497) / 2.414299^2
         "centre": pytest.approx(0.0672353, abs=1e-6),
         "centre_hit": False,
+        "ideal_hit": True,
     }
     assert json.loads(json.dumps(found)) == found  # plain values
 
@@ -93,7 +94,18 @@ def test_every_number_of_a_letterboxed_picture():
         "energy_half_heads": pytest.approx(0.3),
         "centre": pytest.approx(0.5),  # by symmetry
         "centre_hit": False,  # the middle is the corner of pixel (1, 2), the first of the right
+        "ideal_hit": True,
     }
+
+
+def test_the_fullest_cell_of_a_hollow_thing_misses_it():
+    """A frame of 4 x 4 px around a hole of 2 x 2, in the corner of a grid of cells of 4 px."""
+    mask = np.zeros((16, 16), bool)
+    mask[:4, :4] = True
+    mask[1:3, 1:3] = False
+    look = attention_of(r0c0=1.0)
+    found = pointing.measures(look, mask, Preprocessor(image_size=16).geometry(16, 16))
+    assert (found["hit"], found["ideal_hit"], found["near"]) == (False, False, True)
 
 
 def test_a_look_at_the_padding_is_a_miss():

@@ -9,7 +9,7 @@ from PIL import Image
 
 from agevlm_mlx.data.image import Preprocessor
 from agevlm_mlx.evaluation.benchmark import Benchmark, Item
-from agevlm_mlx.evaluation.respondent import Looked, Request
+from agevlm_mlx.evaluation.respondent import Looked, Request, Said
 from agevlm_mlx.evaluation.source import Source
 
 #: What is said to a request.
@@ -49,16 +49,10 @@ class Scripted:
 
     log_likelihood = options
 
-    def confidence(
-        self,
-        requests: Sequence[Request],
-        answers: Sequence[str],
-        spans: Sequence[Sequence[tuple[int, int]]],
-    ) -> list[tuple[float, ...]]:
+    def confidence(self, said: Sequence[Said]) -> list[tuple[float, ...]]:
         """The earlier a word is said the surer."""
-        for request, answer in zip(requests, answers, strict=True):
-            assert self.script(request) == answer
-        return [tuple(-0.01 * start for start, _ in one) for one in spans]
+        assert all(self.script(one.request) == one.answer for one in said)
+        return [tuple(-0.01 * start for start, _ in one.spans) for one in said]
 
     def look(self, requests: Sequence[Request], phrases: Sequence[str]) -> list[Looked | None]:
         """Everything on the first cell."""

@@ -111,11 +111,36 @@ def test_captions_by_hand():
     assert scores["mentions_per_caption"] == 1.5
 
 
+def test_the_surest_or_best_confirmed_nouns_by_hand():
+    objects, nouns = ["cat", "dog"], ["dog", "cat", "sofa"]
+    about = {"objects": objects, "nouns": nouns}
+    said = Given(item("a", "text", "caption", about=about), "A sofa and a dog.")
+    # Surest where it said the sofa; asked about it, it takes it back.
+    both = scored([replace(said, log_p=(-0.1, -0.2), confirmed=(-3.0, 2.0))])
+    assert both["chair_i_at_recall.50"] == 0.5
+    assert both["chair_i_confirmed_at_recall.50"] == 0.0
+    assert "chair_i_at_recall.70" not in both.names  # the cat is never named
+    neither = scored([said])
+    assert not any("at_recall" in name for name in neither.names)
+
+
 def test_matching_by_hand():
     scores = scored(MATCHING)
     assert scores["matching_auroc"] == (1 + 0.5 + 0 + 0) / 4
     assert scores["matching_win_rate"] == 0.5
     assert scores["matching_auroc_hard"] == scores["matching_win_rate_hard"] == 0.0
+
+
+def test_matching_by_confirmed_nouns_by_hand():
+    sure = [
+        replace(MATCHING[0], confirmed=(4.0, -1.0, 5.0)),
+        replace(MATCHING[1], confirmed=(2.0, 3.0)),
+    ]
+    scores = scored(sure)
+    # true 4, 2 against -1, 3: three of four pairs
+    assert scores["matching_confirmed_auroc"] == 0.75
+    assert scores["matching_confirmed_auroc_hard"] == 0.0
+    assert not any("confirmed" in name for name in scored(MATCHING).names)
 
 
 def test_looks_by_hand():
@@ -221,6 +246,23 @@ def oracle(folder: SceneFolder) -> Says:
     return say
 
 
+def test_nouns_that_the_model_denies_when_asked_go_first(
+    folder: SceneFolder, data: Path, tmp_path: Path
+) -> None:
+    """It always begins with a dog, and knows better when it is asked."""
+    know = oracle(folder)
+
+    def say(scene: SceneItem | None, question: str) -> str:
+        said = know(scene, question)
+        return f"A dog. {said}" if question.startswith("Describe") else said
+
+    text = numbers(answers(folder, data, say, tmp_path / "a.jsonl"))["text"]
+    assert text["chair_i"] > 0.1
+    for recall in (50, 70, 80, 90):
+        assert text[f"chair_i_at_recall.{recall}"] > 0.1
+        assert text[f"chair_i_confirmed_at_recall.{recall}"] == 0.0
+
+
 def habit(folder: SceneFolder) -> Says:
     """Never looks: answers from the words of the question."""
 
@@ -251,6 +293,7 @@ def test_a_model_that_knows_the_labels_gets_everything_right(perfect):
         for always in ("yes", "no"):
             assert found[f"constant.{always}"][f"pope.{split}.accuracy"] == 0.5
         assert found["constant.yes"][f"pope.{split}.f1"] == pytest.approx(2 / 3)
+    assert found["logits"]["matching_confirmed_auroc_hard"] == 1.0
     assert found["logits"]["matching_auroc"] > 0.97  # two pictures may have the same caption
     for key in ("matching_auroc_hard", "matching_win_rate_hard"):
         assert found["logits"][key] == 1.0
@@ -275,7 +318,8 @@ def test_a_model_that_ignores_the_picture_scores_the_same_on_any_picture(folder,
     for way in ("text", "logits"):
         for control in ("shuffled", "blind"):
             for name in found[way].names:
-                if name.startswith(("pope", "chair", "matching")):
+                # What is confirmed is asked about the own picture alone.
+                if name.startswith(("pope", "chair", "matching")) and "confirmed" not in name:
                     assert found[f"{control}.{way}"][name] == found[way][name]
     assert found["logits"]["matching_auroc_hard"] < 0.75
     # "A dog and a cow." about everything: worked out from the labels.
