@@ -140,7 +140,8 @@ def read_json(path: Path, keep: Callable[[dict[str, Any]], Any] | None = None) -
 
 
 def override(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
-    """Apply ``key.sub=value`` (or ``list.0.key=value``) assignments to a nested dictionary.
+    """Apply ``key.sub=value`` (or ``list.0.key=value``, ``list.*.key=value`` for all of a list)
+    assignments to a nested dictionary.
 
     Values are read as TOML (``3``, ``0.1``, ``true``, ``[1, 2]``, ``"text"``); a bare word
     is a string. Unknown keys are found later, by `from_dict`.
@@ -154,24 +155,29 @@ def override(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]
             value = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
             value = text
-        *parents, last = dotted.strip().split(".")
-        node: Any = data
-        for key in parents:
-            node = _item(node, key, dotted) if isinstance(node, list) else node.setdefault(key, {})
-            if not isinstance(node, dict | list):
-                raise UserError(f"{dotted}: {key} is a value, not a table")
-        if isinstance(node, list):
-            _item(node, last, dotted)
-            node[int(last)] = value
-        else:
-            node[last] = value
+        _assign(data, dotted.strip().split("."), value, dotted)
     return data
 
 
-def _item(items: list[Any], key: str, dotted: str) -> Any:
+def _assign(node: Any, keys: Sequence[str], value: Any, dotted: str) -> None:
+    key, *rest = keys
+    places: Sequence[Any] = [key]
+    if isinstance(node, list):
+        places = range(len(node)) if key == "*" else [_index(node, key, dotted)]
+    for place in places:
+        if not rest:
+            node[place] = value
+            continue
+        inner = node[place] if isinstance(node, list) else node.setdefault(place, {})
+        if not isinstance(inner, dict | list):
+            raise UserError(f"{dotted}: {key} is a value, not a table")
+        _assign(inner, rest, value, dotted)
+
+
+def _index(items: list[Any], key: str, dotted: str) -> int:
     if not key.isdigit() or int(key) >= len(items):
-        raise UserError(f"{dotted}: expected an index below {len(items)}, got {key!r}")
-    return items[int(key)]
+        raise UserError(f"{dotted}: expected an index below {len(items)} or *, got {key!r}")
+    return int(key)
 
 
 #: Layers beyond which a configuration is taken for damaged: no model has them, and building them

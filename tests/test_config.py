@@ -89,7 +89,7 @@ def test_overrides_reach_into_tables_and_lists():
     ("assignment", "message"),
     [
         ("train.lr", "expected key=value"),
-        ("stages.7.steps=1", "expected an index below 1, got '7'"),
+        ("stages.7.steps=1", r"expected an index below 1 or \*, got '7'"),
         ("train.lr.x=1", "lr is a value, not a table"),
     ],
 )
@@ -127,3 +127,15 @@ def test_model_config_round_trip():
     assert from_dict(ModelConfig, to_dict(config)) == config
     with pytest.raises(UserError, match="model_type: missing"):
         ModelConfig(text_config={}, vision_config={"model_type": "agevlm_vit"})
+
+
+def test_a_star_is_every_item_of_a_list() -> None:
+    data = {"stages": [{"lr": 1.0}, {"lr": 2.0, "losses": {"lm": 1.0}}]}
+    found = override(data, ["stages.*.lr=0.5", "stages.*.losses.lm=0.1", "stages.1.lr=3.0"])
+    assert found == {
+        "stages": [{"lr": 0.5, "losses": {"lm": 0.1}}, {"lr": 3.0, "losses": {"lm": 0.1}}]
+    }
+    assert override({"betas": [0.9, 0.98]}, ["betas.*=0.5"]) == {"betas": [0.5, 0.5]}
+    assert override({"table": {}}, ["table.*=1"]) == {"table": {"*": 1}}  # a key like any other
+    with pytest.raises(UserError, match=r"stages.2.lr: expected an index below 2 or \*, got '2'"):
+        override(data, ["stages.2.lr=1"])

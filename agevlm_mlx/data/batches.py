@@ -290,16 +290,15 @@ class Batches:
         last = len(encoded.ids) - 1  # is predicted, but predicts nothing
         guided: list[tuple[int, np.ndarray]] = []
         absent: list[int] = []
-        for phrase, span, positions, target in zip(
-            record.phrases, encoded.spans, encoded.positions, targets, strict=True
-        ):
-            kept = [
-                at
-                for at, position in zip(span, positions, strict=True)
-                if at < last and position in self.positions
-            ]
+        for number, (phrase, target) in enumerate(zip(record.phrases, targets, strict=True)):
+            where = zip(encoded.spans[number], encoded.positions[number], strict=True)
+            known = [(at, position) for at, position in where if at < last]
+            kept = [at for at, position in known if position in self.positions]
             if target is not None:
                 guided += [(at, target) for at in kept]
+                if "rest" in self.positions:
+                    rest = _rest(record.phrases, targets, phrase)
+                    guided += [(at, rest) for at, position in known if position == "before"]
             elif phrase.absent and self.absent:
                 absent += kept
         if "end" in self.positions and self.absent:
@@ -337,6 +336,18 @@ class Batches:
         problem = Problem.of(error, str(record.image), record.id)
         with self._lock:
             self._unusable.setdefault(key, problem)
+
+
+def _rest(
+    phrases: Sequence[Phrase], targets: Sequence[np.ndarray | None], phrase: Phrase
+) -> np.ndarray:
+    """f32 [S], where `phrase` or any later one of its turn is."""
+    yet = [
+        target
+        for other, target in zip(phrases, targets, strict=True)
+        if target is not None and other.turn == phrase.turn and other.start >= phrase.start
+    ]
+    return np.maximum.reduce(yet)
 
 
 def _expected_lengths(

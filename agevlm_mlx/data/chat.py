@@ -25,8 +25,9 @@ CHAT_TEMPLATE = (
 #: What a position has to do with a phrase: it is one of its tokens; or the one before a phrase of
 #: an answer, where its first token is chosen; or the last one before the answer to a question with
 #: the phrase, where the answer is chosen. The end is that of an answer that has phrases, where the
-#: model chooses to stop.
-Position = Literal["word", "before", "answer", "end"]
+#: model chooses to stop. The rest is another thing to look at before a phrase: it and all that
+#: its answer names later.
+Position = Literal["word", "before", "answer", "end", "rest"]
 #: Those that masks guide; nothing is left to look at in the end.
 POSITIONS: tuple[Position, ...] = get_args(Position)[:3]
 

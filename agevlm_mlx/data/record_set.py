@@ -62,7 +62,7 @@ class Records(Sequence[Record]):
         self,
         root: Path,
         index: Index,
-        source: Source | Sequence[Record],
+        source: "Source | Sequence[Record] | _Some",
         problems: Iterable[Problem] = (),
         excluded: int = 0,
         text_only: int = 0,
@@ -151,22 +151,13 @@ class Records(Sequence[Record]):
         return cls(root or _common_root(Paths(index.images)), index, held)
 
 
-class _Some(Sequence[Record]):
+class _Some:
     """Some of the records, by their numbers there."""
 
     def __init__(self, records: Records, numbers: np.ndarray) -> None:
         self.records, self.numbers = records, numbers
 
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    @overload
-    def __getitem__(self, i: int) -> Record: ...
-    @overload
-    def __getitem__(self, i: slice) -> list[Record]: ...
-    def __getitem__(self, i: int | slice) -> Record | list[Record]:
-        if isinstance(i, slice):
-            return [self.records[n] for n in self.numbers[i].tolist()]
+    def __getitem__(self, i: int) -> Record:
         return self.records[int(self.numbers[i])]
 
 

@@ -38,7 +38,8 @@ class AttentionLoss:
     layers: tuple[int, ...] | None = None
     #: Which positions of a phrase are guided: its own tokens, the one before a phrase of an answer,
     #: where it is chosen, and the question's end, where the answer is chosen. With ``end`` the
-    #: end of an answer with phrases looks at the null slot, as `absent` things do.
+    #: end of an answer with phrases looks at the null slot, as `absent` things do. ``rest``
+    #: instead of ``before`` looks at all that the answer has yet to name.
     positions: tuple[Position, ...] = POSITIONS
     #: Weight of a loss of its own that has phrases about absent things look at the null slot.
     absent: float = 0.0
@@ -62,6 +63,11 @@ class AttentionLoss:
                     f"{where}: expected at least one and none twice in losses.attention.{name}, "
                     f"got {list(chosen)}"
                 )
+        if {"before", "rest"} <= set(self.positions):
+            raise UserError(
+                f"{where}: expected 'before' or 'rest' in losses.attention.positions, which are "
+                "the same place, got both"
+            )
         if "end" in self.positions and not self.absent:
             raise UserError(
                 f"{where}: expected losses.attention.absent > 0 with the position 'end', which is "

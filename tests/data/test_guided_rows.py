@@ -198,6 +198,35 @@ def test_each_position_can_be_guided_alone(described: Records, micro: Any) -> No
             assert np.array_equal(a.loss_mask, b.loss_mask)
 
 
+def test_the_rest_is_all_that_an_answer_has_yet_to_name(pictures: Records, micro: Any) -> None:
+    """A dog on the left and a cat on the right of a picture of 20 x 40 px."""
+    first, said = pictures[0], "A dog and a cat."
+    masks = np.zeros((2, 40, 20), bool)
+    masks[0, :, :8] = masks[1, :, 12:] = True
+    left, right = (
+        Phrase(noun, 1, said.index(noun), said.index(noun) + 3, mask=rle_encode(mask))
+        for noun, mask in zip(("dog", "cat"), masks, strict=True)
+    )
+    turns = (Turn("user", "Describe the image."), Turn("assistant", said))
+    # The phrases may stand in any order.
+    data = Records.from_list(
+        [Record("both", first.image, turns, (right, left), "caption")], pictures.root
+    )
+
+    def targets(*positions: Any) -> dict[int, np.ndarray]:
+        (group,) = draw(data, micro, CAPTION, batch_size=1, positions=positions).batch(0).groups
+        own = group.weight > 0
+        return dict(zip(group.cols[own].tolist(), group.target[own], strict=True))
+
+    before, rest = targets("before"), targets("rest")
+    dog, cat = sorted(before)
+    assert sorted(rest) == [dog, cat]
+    assert np.array_equal(rest[dog], np.maximum(before[dog], before[cat]))
+    assert rest[dog].sum() > before[dog].sum() > 0
+    assert np.array_equal(rest[cat], before[cat])
+    assert len(targets("word", "rest")) == 4
+
+
 # Absent things --------------------------------------------------------------------------------
 
 
