@@ -17,7 +17,7 @@ from ..errors import UserError
 from ..evaluation.answers import Row, read_rows
 from ..training.log import metrics_rows
 from .plan import Cell, Plan, RunsSpec
-from .results import BY_NAME, HEADLINE, Results
+from .results import BY_NAME, HEADLINE, Results, headline
 from .tables import Compared, column_names
 
 #: Inches and dots of a figure: 1800 pixels, shown at 900 on a page.
@@ -27,6 +27,8 @@ _COLOURS = (
     "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#000000",
     "#7f7f7f", "#bcbd22", "#9467bd", "#c49c94",
 )  # fmt: skip
+#: More arms or variations side by side cannot be told apart.
+MOST = len(_COLOURS)
 _KINDS = {
     "its own caption": "#0072b2",
     "another picture's": "#8a8f98",
@@ -91,7 +93,7 @@ def sizes(
     results: Results, entry: RunsSpec, cells: Sequence[Cell], test: str, path: Path, title: str
 ) -> bool:
     """Numbers against the pictures trained on: a line an arm, longer training dashed."""
-    names = [name for name in HEADLINE if name != "text.caption_f1"][:4]
+    names = [*HEADLINE[:3], "text.chair_i"]
     there = [cell for cell in cells if results.judged(cell.runs, test)]
     images = sorted({_images(cell) for cell in there if _images(cell)})
     if len(images) < 2:
@@ -138,7 +140,7 @@ def _images(cell: Cell) -> int:
 
 def forest(pairs: Sequence[Compared], path: Path, title: str) -> bool:
     """Paired differences with their intervals, a row a pair, a panel a number."""
-    names = [name for name in HEADLINE if any(name in one.found for one in pairs)]
+    names = [name for name in HEADLINE if any(headline(one.found, name) for one in pairs)]
     if not names:
         return False
     with _figure(path, 0.32 * len(pairs) + 1.4, top=0.6) as figure:
@@ -146,18 +148,20 @@ def forest(pairs: Sequence[Compared], path: Path, title: str) -> bool:
         for column, (axes, name) in enumerate(zip(grid, names, strict=True)):
             axes.axvline(0, color="#8a8f98", linewidth=1)
             for row, one in enumerate(pairs):
-                if name not in one.found:
+                known = headline(one.found, name)
+                if known is None:
                     continue
-                difference, better = one.found[name], BY_NAME[name].better
+                difference, better = known[0], BY_NAME[name].better
                 low, high = difference.interval or (difference.value, difference.value)
                 good = low > 0 if better > 0 else high < 0
                 bad = high < 0 if better > 0 else low > 0
                 colour = "#009e73" if good else "#d55e00" if bad else "#8a8f98"
                 axes.plot([low, high], [row, row], color=colour, linewidth=2)
                 axes.plot([difference.value], [row], "o", color=colour, markersize=5)
-            axes.set_title(textwrap.fill(BY_NAME[name].label, 13), pad=4, fontsize=9)
+            axes.set_title(textwrap.fill(BY_NAME[name].label, 12), pad=4, fontsize=8)
             axes.set_yticks(range(len(pairs)), [_pair(one) for one in pairs])
             axes.set_ylim(len(pairs) - 0.5, -0.5)
+            axes.tick_params(axis="x", labelsize=7)
             axes.tick_params(axis="y", length=0, labelleft=column == 0)
             axes.xaxis.set_major_locator(_few_ticks())
         note = "green: the first is better, red: worse, grey: not told apart (95 % intervals)"
@@ -303,4 +307,4 @@ def _legend(figure: Any, axes: Any, title: str) -> None:
 def _few_ticks() -> Any:
     from matplotlib.ticker import MaxNLocator
 
-    return MaxNLocator(3)
+    return MaxNLocator(2, prune="both")

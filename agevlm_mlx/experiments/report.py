@@ -74,6 +74,8 @@ def _draw(
             if figures.forest([one for one in own if one.test == test], path, title):
                 yield path
         for name, group in tables.groups(entry, mine):
+            if len(group) > figures.MOST:  # the table and the differences say it
+                continue
             stem = "-".join([entry.name, *name.replace(",", "").split()])
             title = ": ".join(filter(None, (entry.name, name)))
             path = folder / f"curves-{stem}.png"

@@ -1,5 +1,6 @@
 """What the runs of an experiment have come to, read from what the commands have written."""
 
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,6 +16,7 @@ from ..errors import UserError
 from ..evaluation import compare, scoring
 from ..evaluation.answers import Row
 from ..evaluation.benchmark import Scores, flatten
+from ..evaluation.compare import Difference
 from .plan import Plan, Run
 from .state import cost, marked
 
@@ -39,22 +41,27 @@ METRICS = (
             ("accuracy", "accuracy", 1), ("f1", "F1", 1), ("yes_ratio", "says yes", 0),
         )
     ),
+    Metric("logits.pope.adversarial.auroc", "POPE adversarial: AUROC of yes"),
     Metric("shuffled.text.pope.adversarial.accuracy", "adversarial, another picture", 0),
     Metric("blind.text.pope.adversarial.accuracy", "adversarial, no picture", 0),
     Metric("text.chair_i", "CHAIR_i", -1),
     Metric("text.chair_s", "CHAIR_s", -1),
     Metric("text.recall", "objects recalled"),
-    Metric("text.chair_i_at_recall.50", "CHAIR_i of the surest, recall .5", -1),
-    Metric("text.chair_i_at_recall.70", "CHAIR_i of the surest, recall .7", -1),
-    Metric("text.chair_i_at_recall.80", "CHAIR_i of the surest, recall .8", -1),
-    Metric("text.chair_i_at_recall.90", "CHAIR_i of the surest, recall .9", -1),
+    *(
+        Metric(f"text.chair_i_{how}at_recall.{recall}", f"CHAIR_i, {label}, recall .{recall}", -1)
+        for how, label in (("", "surest"), ("confirmed_", "best confirmed"))
+        for recall in (30, 40, 50, 60, 70, 80, 90)
+    ),
     Metric("text.caption_f1", "caption F1"),
     Metric("text.mentions_per_caption", "nouns a caption", 0, 2),
     Metric("logits.matching_auroc", "matching AUROC, random"),
     Metric("logits.matching_auroc_hard", "matching AUROC, hard"),
+    Metric("logits.matching_confirmed_auroc", "matching by confirmed nouns, random"),
+    Metric("logits.matching_confirmed_auroc_hard", "matching by confirmed nouns, hard"),
     Metric("logits.matching_win_rate", "matching, pairs won, random"),
     Metric("logits.matching_win_rate_hard", "matching, pairs won, hard"),
     Metric("look.pointing_game", "pointing game, all heads"),
+    Metric("look.pointing_game_tolerance", "the same within 15/224 of the picture"),
     Metric("look.pointing_game_half_heads", "pointing game, half of the heads"),
     Metric("look.energy_in_mask", "attention in the mask"),
     Metric("look.energy_gain", "the same / even attention", 1, 2),
@@ -70,14 +77,32 @@ HEADLINE = (
     "text.pope.adversarial.accuracy",
     "logits.matching_auroc_hard",
     "look.pointing_game",
-    "text.chair_i",
+    "logits.matching_confirmed_auroc_hard",
+    "text.chair_i_at_recall",
+    "text.chair_i_confirmed_at_recall",
     "text.recall",
-    "text.caption_f1",
 )
-BY_NAME = {metric.name: metric for metric in (*METRICS, *ANALYSIS)}
+#: Of a pair: at the highest recall that both reach; see `headline`.
+_PAIRED = (
+    Metric("text.chair_i_at_recall", "CHAIR_i, surest, at equal recall", -1),
+    Metric("text.chair_i_confirmed_at_recall", "CHAIR_i, best confirmed, at equal recall", -1),
+)
+BY_NAME = {metric.name: metric for metric in (*METRICS, *ANALYSIS, *_PAIRED)}
 #: Numbers that are compared, under draws of the scenes.
 _WAYS = ("text", "logits", "look")
 BOOTS, SEED = 1000, 0
+
+
+def headline(found: Mapping[str, Difference], name: str) -> tuple[Difference, str] | None:
+    """A number of `HEADLINE` of a pair, and " at .70" where it is one at a recall: the highest
+    that both reach in all seeds. None where the pair does not have it."""
+    if name in found:
+        return found[name], ""
+    levels = [n for n in found if n.startswith(f"{name}.") and found[n].interval]
+    if not levels:
+        return None
+    best = max(levels)
+    return found[best], f" at .{best.rpartition('.')[2]}"
 
 
 class Results:
@@ -115,7 +140,8 @@ class Results:
         path = self.plan.result(test, run)
         kept = self.plan.out / "cache" / test / f"{run}.npz"
         stat = path.with_suffix(".jsonl").stat()
-        key = np.array([stat.st_mtime_ns, stat.st_size, BOOTS, SEED])
+        names = zlib.crc32(" ".join(metric.name for metric in METRICS).encode())
+        key = np.array([stat.st_mtime_ns, stat.st_size, BOOTS, SEED, names])
         if kept.is_file():
             with open(kept, "rb") as file, np.load(file, allow_pickle=False) as stored:
                 if np.array_equal(stored["key"], key):

@@ -47,13 +47,3 @@ def sure(difference: Difference, better: int = 1) -> bool:
         return False
     low, high = difference.interval
     return low > 0 if better > 0 else high < 0
-
-
-def better_captions(chair: Difference, recall: Difference) -> bool:
-    """Whether the first hallucinates less at equal recall.
-
-    Who recalls more could leave out nouns at random, which changes CHAIR_i in no direction: so it
-    is enough that CHAIR_i is surely lower and the recall not surely lower.
-    """
-    low = recall.interval is not None and recall.interval[1] < 0
-    return sure(chair, -1) and not low

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from ..evaluation.compare import Difference
 from . import statistics
 from .plan import Cell, Plan, RunsSpec
-from .results import ANALYSIS, BY_NAME, HEADLINE, METRICS, Metric, Results
+from .results import ANALYSIS, BY_NAME, HEADLINE, METRICS, Metric, Results, headline
 from .tuning import Tuned
 
 Sizes = dict[tuple[str, str], tuple[int, int]]
@@ -52,7 +52,7 @@ class Pairs:
             return (), {}
         values = [[results.values(of[seed].name, test) for seed in seeds] for of in there]
         drawn = [[results.drawn(of[seed].name, test) for seed in seeds] for of in there]
-        shared = set.intersection(*(set(one) for side in drawn for one in side))
+        shared = set.intersection(*(set(one) for side in (*drawn, *values) for one in side))
         found = {}
         for name in (metric.name for metric in METRICS if metric.name in shared):
             plain = [[one[name] for one in side] for side in values]
@@ -266,11 +266,10 @@ def _differences(pairs: Sequence[Compared]) -> Iterator[str]:
     """The headline numbers of the compared pairs."""
     if not pairs:
         return
-    names = [n for n in HEADLINE if any(n in one.found for one in pairs)]
+    names = [n for n in HEADLINE if any(headline(one.found, n) for one in pairs)]
     yield ""
-    labels = [*(BY_NAME[name].label for name in names), "captions at equal recall"]
-    yield f"| first - second | {' | '.join(labels)} |"
-    yield f"|---|{'---:|' * len(names)}---|"
+    yield f"| first - second | {' | '.join(BY_NAME[name].label for name in names)} |"
+    yield f"|---|{'---:|' * len(names)}"
     for one in pairs:
         where = ", ".join(
             part
@@ -281,21 +280,9 @@ def _differences(pairs: Sequence[Compared]) -> Iterator[str]:
             )
             if part
         )
-        cells = [difference(one.found[n]) if n in one.found else "-" for n in names]
-        yield f"| {one.first} - {one.second} ({where}) | {' | '.join(cells)} | {_captions(one)} |"
-
-
-def _captions(one: Compared) -> str:
-    chair, recall = one.found.get("text.chair_i"), one.found.get("text.recall")
-    if chair is None or recall is None:
-        return "-"
-    if statistics.better_captions(chair, recall):
-        return "better"
-    turned = [
-        Difference(d.second, d.first, d.interval and (-d.interval[1], -d.interval[0]))
-        for d in (chair, recall)
-    ]
-    return "worse" if statistics.better_captions(*turned) else "not told apart"
+        found = [headline(one.found, name) for name in names]
+        cells = [f"{difference(number[0])}{number[1]}" if number else "-" for number in found]
+        yield f"| {one.first} - {one.second} ({where}) | {' | '.join(cells)} |"
 
 
 def difference(one: Difference) -> str:

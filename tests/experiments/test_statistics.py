@@ -5,6 +5,7 @@ import pytest
 
 from agevlm_mlx.evaluation.compare import Difference
 from agevlm_mlx.experiments import statistics
+from agevlm_mlx.experiments.results import headline
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -90,16 +91,11 @@ def test_sure_is_what_leaves_out_zero(interval, more, less):
     assert not statistics.sure(one, 0)
 
 
-@pytest.mark.parametrize(
-    ("chair", "recall", "better"),
-    [
-        ((-0.2, -0.1), (-0.1, 0.1), True),  # fewer false nouns, as many true ones
-        ((-0.2, -0.1), (0.1, 0.2), True),
-        ((-0.2, -0.1), (-0.2, -0.1), False),  # it only says less
-        ((-0.2, 0.1), (0.1, 0.2), False),
-        ((0.1, 0.2), (0.1, 0.2), False),
-    ],
-)
-def test_captions_are_better_only_at_equal_recall(chair, recall, better):
-    found = statistics.better_captions(Difference(0, 0, chair), Difference(0, 0, recall))
-    assert found is better
+def test_captions_are_compared_at_the_highest_recall_that_both_reach():
+    name = "text.chair_i_at_recall"
+    one, other = (Difference(0.0, v, (-0.1, 0.1)) for v in (0.1, 0.2))
+    unknown = Difference(0.0, 0.3, None)
+    found = {f"{name}.50": one, f"{name}.70": other, f"{name}.80": unknown, "text.recall": one}
+    assert headline(found, name) == (other, " at .70")
+    assert headline(found, "text.recall") == (one, "")
+    assert headline(found, "text.chair_i_confirmed_at_recall") is None
