@@ -58,7 +58,7 @@ def edit(folder: Path, **changes: object) -> None:
 
 
 def test_the_shipped_model_is_always_there():
-    assert choices() == [("the shipped model, float32, 5.2 MB", str(shipped("model")))]
+    assert choices() == [("the shipped model, float32, 7.9 MB", str(shipped("model")))]
 
 
 def test_what_is_on_this_computer(place, copy):
@@ -71,7 +71,7 @@ def test_what_is_on_this_computer(place, copy):
     assert (size or "").startswith("float32, ")
     assert [label for label, _ in found] == [
         f"guided, {size}",  # the default comes first
-        "the shipped model, float32, 5.2 MB",
+        "the shipped model, float32, 7.9 MB",
         f"mine, {size}",
         f"one, {size}",
         f"org/some-model, {size}",
@@ -364,7 +364,7 @@ def test_facts_of_the_shipped_model():
     assert found["Model"] == "the shipped model"
     assert found["Training"].startswith("A vision-language model trained with agevlm-mlx")
     assert "Apache-2.0" in found["Licence"]
-    assert found["Precision"] == "float16 and float32, 5.2 MB"
+    assert found["Precision"] == "float32, 7.9 MB"
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,7 @@ def test_progress_is_for_a_terminal(page, capsys, monkeypatch, terminal):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
     command.main([])
     error = capsys.readouterr().err
-    assert ("model: 100 %, reading, 5.2 MB of 5.2 MB" in error) == terminal
+    assert ("model: 100 %, reading, 7.9 MB of 7.9 MB" in error) == terminal
     assert ("\r" in error) == terminal
 
 

@@ -69,7 +69,7 @@ def test_only_the_projector_in_use_is_in_the_source(projector: str, python: Any)
 
 def test_the_folder_holds_model_source_and_its_hash(tmp_path: Path, capsys: Any):
     assert exported(tmp_path / "out") == 0
-    assert "106 tensors" in capsys.readouterr().out
+    assert "120 tensors" in capsys.readouterr().out
     text = (tmp_path / "out" / export.MODEL_FILE).read_text()
     card = (tmp_path / "out" / "README.md").read_text()
     assert hashlib.sha256(text.encode()).hexdigest() in card
@@ -93,7 +93,7 @@ def test_the_exported_model_gives_our_logits(tmp_path: Path, python: Any):
     model.load_weights(list(kept.items()))
     ours = load(shipped("model")).model
     ids = mx.array([[1, 40, 300, 2]])
-    pixels = mx.random.normal((1, 64, 64, 3), key=mx.random.key(0))
+    pixels = mx.random.normal((1, 128, 128, 3), key=mx.random.key(0))
     assert np.array_equal(model(ids), ours(ids))
     cache = model.make_cache()
     shown = mx.array([True])
