@@ -126,19 +126,19 @@ class Asker:
         for i, row in enumerate(texts):
             for r in sorted(set(range(len(row))) - set(short[i])):
                 yield _Pass([i], [[r]], texts)
-        start = 0
-        while start < len(texts):
-            end, R, T = start, 0, 0
-            while end < min(start + self.batch_size, len(texts)):
-                r = max(R, len(short[end]))
-                t = max([T, *(len(texts[end][k]) for k in short[end])])
-                rows = (end + 1 - start) * r
-                if end > start and (rows * t > most or rows * t * t > pairs):
+        # An image of which nothing is asked costs nothing.
+        left = [i for i, row in enumerate(short) if row]
+        while left:
+            n, R, T = 0, 0, 0
+            for i in left[: self.batch_size]:
+                r = max(R, len(short[i]))
+                t = max([T, *(len(texts[i][k]) for k in short[i])])
+                rows = (n + 1) * r
+                if n and (rows * t > most or rows * t * t > pairs):
                     break
-                end, R, T = end + 1, r, t
-            if R:
-                yield _Pass(list(range(start, end)), short[start:end], texts)
-            start = end
+                n, R, T = n + 1, r, t
+            yield _Pass(left[:n], [short[i] for i in left[:n]], texts)
+            left = left[n:]
 
     def _look(self, images: Sequence[int], texts: int, order: np.ndarray | None) -> list[Any]:
         shown = np.array(images) if order is None else order[list(images)]

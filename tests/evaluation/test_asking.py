@@ -173,6 +173,19 @@ def test_a_large_vocabulary_takes_more_passes_and_gives_the_same(loaded, images,
     assert all(rows * length <= 60 for rows, length in passes)
 
 
+def test_only_images_that_are_asked_about_are_read(loaded, images, monkeypatch):
+    many = asker(loaded, images, 4)
+    ids = many.prompt("Is there a dog?")
+    ((wanted,),) = many.next_log_p([[ids]], EVERY)
+    shapes: list[tuple[int, ...]] = []
+    found = Asker._next
+    monkeypatch.setattr(
+        Asker, "_next", lambda self, ids, *rest: shapes.append(ids.shape) or found(self, ids, *rest)
+    )
+    assert np.allclose(many.next_log_p([[ids], [], [], []], EVERY)[0][0], wanted, atol=1e-4)
+    assert shapes == [(1, len(ids))]
+
+
 def test_long_texts_are_read_alone_and_memory_is_bounded(loaded, images, monkeypatch):
     many = asker(loaded, images, 4)
     questions = [[*row, "Is there a dog? " * 9] for row in QUESTIONS]
