@@ -21,6 +21,7 @@ from .objective import Totals, loss_and_gradients
 from .optim import is_hidden_matrix, make_optimizer
 from .rules import named_parameters, parameter_scales, set_trainable
 from .stages import Stage, compute_dtype
+from .text_memory import MOST_BYTES, text_memory
 
 #: Seconds that a measured pass may take; a larger batch is measured in part.
 PATIENCE = 4.0
@@ -93,10 +94,13 @@ class Memory:
     mean: float
     #: Gradients, and what the backward pass needs of the forward pass.
     passes: float
+    #: The lower layers' states of texts, where nothing trains these (`text_memory`).
+    texts: float
 
     @property
     def total(self) -> float:
-        return self.weights + self.masters + self.moments + self.mean + self.passes
+        kept = self.weights + self.masters + self.moments + self.mean + self.texts
+        return kept + self.passes
 
 
 def measure(job: Job, stage: Stage, images: int | None = None) -> Cost:
@@ -231,7 +235,17 @@ def predict(job: Job, cost: Cost, dtype: mx.Dtype, micro: int | None) -> Memory:
         mean=4 * sum(sizes[name] for name in _trained_so_far(job, cost.stage)) * bool(train.ema),
         # An update overwrites most of what it needs in place, not all at once.
         passes=max(passes, _UPDATE * full),
+        texts=_text_states(job, cost, dtype),
     )
+
+
+def _text_states(job: Job, cost: Cost, dtype: mx.Dtype) -> float:
+    """Bytes of the states of texts that are kept, as if every text of the stage were another."""
+    if text_memory(job.model, cost.stage) is None:
+        return 0
+    positions = sum(group.ids.size for group in cost.batch.groups) / len(cost.batch.pixels)
+    each = positions * job.model.args.hidden_size * dtype.size
+    return min(each * cost.stage.batch_size * cost.stage.steps, MOST_BYTES)
 
 
 def _moments(job: Job, stage: Stage) -> int:

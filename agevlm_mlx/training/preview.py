@@ -146,6 +146,7 @@ def _memory_lines(job: Job, costs: Sequence[Cost]) -> Iterator[str]:
         f"moments ({train.optimizer})": [m.moments for m in found],
         "running mean": [m.mean for m in found],
         "gradients, activations": [m.passes for m in found],
+        "states of texts": [m.texts for m in found],
         "together": [m.total for m in found],
     }
     texts = [

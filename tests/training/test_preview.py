@@ -218,6 +218,24 @@ def test_the_arithmetic_of_memory_and_time(job: Any):
     assert cost.step_seconds(3) == 3 * 0.25 + 8 * 0.5 + 0.125
 
 
+def test_states_of_texts_are_kept_where_the_lower_layers_are_frozen(
+    job: Any, monkeypatch: pytest.MonkeyPatch
+):
+    frozen = '[["language_model\\\\..*\\\\.cross_attn\\\\..*", 1.0], [".*", 0.0]]'
+    made = job(f"stages.1.trainable={frozen}")
+    cost = cost_of(made)
+    positions = sum(group.ids.size for group in cost.batch.groups)  # of one image
+    texts = predict(made, cost, mx.float32, None).texts
+    assert texts == positions * 8 * cost.stage.steps * 256 * 4
+    assert predict(made, cost, mx.bfloat16, 2).texts == texts / 2
+    assert predict(made, cost_of(made, 0), mx.float32, None).texts == 0  # trains them
+    assert "states of texts" in "\n".join(cost_lines(made, [cost]))
+    monkeypatch.setattr(forecast, "MOST_BYTES", 1000)
+    small = predict(made, cost, mx.float32, None)
+    assert small.texts == 1000
+    assert small.total == small.weights + small.moments + small.passes + 1000
+
+
 def test_muon_remembers_half_of_its_matrices(job: Any):
     adamw, muon = (
         predict(made, cost_of(made), mx.float32, None).moments
