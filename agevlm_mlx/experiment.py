@@ -25,8 +25,9 @@ FORMAT = """\
   [arms.NAME]                     set = ["key=value", ...] of the recipe; about = "..."
   [tests.NAME]                    held-out scenes: split, n, seed; style = "plain", about = "..."
   [tuning]                        optional: trials = {{ NAME = CHANGE, ... }}, of all arms alike;
-                                  seed; test (used by nothing else); metric; lower = false;
-                                  length = 1.0. The best trial of an arm is used in all its runs
+                                  seed; test (used by nothing else); metrics = [NUMBER, ...], of
+                                  which the mean judges; length = 1.0. The best trial of an arm
+                                  is used in all its runs
   [analysis]                      optional: `agevlm analyze` on limit = 100 pictures of a test;
                                   only = ["matching", "attention"], others = 7
   [[runs]]                        name; arms; tests; about = "..."; seeds (these instead)

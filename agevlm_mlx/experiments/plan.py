@@ -54,9 +54,8 @@ class TuningSpec:
     seed: int
     #: One of the tests, which nothing else uses.
     test: str
-    metric: str = "text.pope.adversarial.accuracy"
-    #: Whether less of the metric is better.
-    lower: bool = False
+    #: Judged by the mean of these numbers, of which more is better.
+    metrics: tuple[str, ...] = ("text.pope.adversarial.accuracy",)
     #: Of the trials' training.
     length: float = 1.0
 

@@ -151,7 +151,9 @@ def _about(plan: Plan, tuned: dict[str, Tuned]) -> Iterator[str]:
     else:
         yield f"validation. No choice was made on any of them but `{spec.test}`, which judges"
         yield f"nothing else: the same {len(spec.trials)} trials of every arm, seed {spec.seed}, by"
-        yield f"`{spec.metric}`; the best (bold) is used in all runs of the arm."
+        numbers = ", ".join(f"`{name}`" for name in spec.metrics)
+        yield f"{'the mean of ' if len(spec.metrics) > 1 else ''}{numbers};"
+        yield "the best (bold) is used in all runs of the arm."
         yield ""
         yield f"| arm | {' | '.join(spec.trials)} |"
         yield f"|---|{'---:|' * len(spec.trials)}"

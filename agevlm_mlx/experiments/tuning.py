@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 
 from .. import config
 from ..errors import UserError
@@ -13,8 +14,8 @@ from .state import State
 
 @dataclass(frozen=True)
 class Tuned:
-    """values: trial -> the metric, of the trials of an arm that are judged; best: "" unless all
-    are."""
+    """values: trial -> the mean of the metrics, of the trials of an arm that are judged; best: ""
+    unless all are."""
 
     values: dict[str, float]
     best: str
@@ -28,10 +29,11 @@ def tuned(plan: Plan, state: State, trials: Sequence[Run]) -> dict[str, Tuned]:
     found: dict[str, dict[str, float]] = {run.arm: {} for run in trials}
     for run in trials:
         if state.done(run):
-            found[run.arm][run.trial] = read_metric(plan.result(spec.test, run.name), spec.metric)
-    sign, order = -1 if spec.lower else 1, list(spec.trials)
+            result = plan.result(spec.test, run.name)
+            found[run.arm][run.trial] = mean(read_metric(result, name) for name in spec.metrics)
+    order = list(spec.trials)
     best = {
-        arm: max(values, key=lambda trial, of=values: (sign * of[trial], -order.index(trial)))
+        arm: max(values, key=lambda trial, of=values: (of[trial], -order.index(trial)))
         for arm, values in found.items()
         if len(values) == len(order)
     }
@@ -44,7 +46,7 @@ def read_metric(path: Path, name: str) -> float:
     value = numbers.get(name)
     if value is None:
         raise UserError(
-            f"tuning.metric: expected one of the numbers in {path}, such as "
+            f"tuning.metrics: expected one of the numbers in {path}, such as "
             f"{', '.join(list(numbers)[:3])}, got {name!r}"
         )
     return value

@@ -143,22 +143,29 @@ def test_the_best_trial_is_chosen_once_all_are_judged(plan, pretend):
     assert list(found["plain"].values) == ["low"]
 
 
-def test_of_equal_trials_the_first_is_taken_and_less_may_be_better(folder, pretend, tmp_path):
+def test_the_mean_of_the_metrics_judges_and_of_equal_trials_the_first_is_taken(
+    folder, pretend, tmp_path
+):
     from agevlm_mlx.experiments.plan import Plan
 
     file = folder / "experiment.toml"
     text = file.read_text()
-    file.write_text(text.replace("seed = 7", 'seed = 7\nlower = true\nmetric = "text.chair_i"'))
+    names = "text.chair_i", "text.recall"
+    file.write_text(text.replace("seed = 7", f"seed = 7\nmetrics = {list(names)}"))
     plan = Plan(str(folder), tmp_path / "out")
     for run in plan.trials():
         pretend(plan, run, {"low": 0.0, "same": 1.0}[run.trial] if run.arm == "guided" else 1.0)
     found = tuning.tuned(plan, State(plan), plan.trials())
     assert found["guided"].best == "same"
-    assert found["plain"].values == {"low": 0.0, "same": 0.0}
+    result = plan.result("chosen", plan.trials()[0].name)
+    both = [tuning.read_metric(result, name) for name in names]
+    assert both[0] != both[1]
+    assert found[plan.trials()[0].arm].values[plan.trials()[0].trial] == sum(both) / 2
+    assert len(set(found["plain"].values.values())) == 1
     assert found["plain"].best == "low"
 
 
 def test_an_unknown_metric_is_an_error(plan, pretend):
     pretend(plan, plan.trials()[0], 0.5)
-    with pytest.raises(UserError, match=r"tuning.metric: expected one of the numbers in"):
+    with pytest.raises(UserError, match=r"tuning.metrics: expected one of the numbers in"):
         tuning.read_metric(plan.result("chosen", plan.trials()[0].name), "text.pope")
