@@ -143,25 +143,31 @@ def test_the_best_trial_is_chosen_once_all_are_judged(plan, pretend):
     assert list(found["plain"].values) == ["low"]
 
 
-def test_the_mean_of_the_metrics_judges_and_of_equal_trials_the_first_is_taken(
-    folder, pretend, tmp_path
-):
+def judged_by(names, folder, pretend, out):
+    """The plan with these metrics, all of its trials judged."""
     from agevlm_mlx.experiments.plan import Plan
 
     file = folder / "experiment.toml"
-    text = file.read_text()
-    names = "text.chair_i", "text.recall"
-    file.write_text(text.replace("seed = 7", f"seed = 7\nmetrics = {list(names)}"))
-    plan = Plan(str(folder), tmp_path / "out")
+    file.write_text(file.read_text().replace("seed = 7", f"seed = 7\nmetrics = {names}"))
+    plan = Plan(str(folder), out)
     for run in plan.trials():
         pretend(plan, run, {"low": 0.0, "same": 1.0}[run.trial] if run.arm == "guided" else 1.0)
-    found = tuning.tuned(plan, State(plan), plan.trials())
+    return plan, tuning.tuned(plan, State(plan), plan.trials())
+
+
+def test_the_mean_of_the_metrics_judges(folder, pretend, tmp_path):
+    names = ["text.pope.adversarial.accuracy", "text.recall"]
+    plan, found = judged_by(names, folder, pretend, tmp_path / "out")
+    for run in plan.trials():
+        both = [tuning.read_metric(plan.result("chosen", run.name), name) for name in names]
+        assert both[0] != both[1]
+        assert found[run.arm].values[run.trial] == sum(both) / 2
     assert found["guided"].best == "same"
-    result = plan.result("chosen", plan.trials()[0].name)
-    both = [tuning.read_metric(result, name) for name in names]
-    assert both[0] != both[1]
-    assert found[plan.trials()[0].arm].values[plan.trials()[0].trial] == sum(both) / 2
-    assert len(set(found["plain"].values.values())) == 1
+
+
+def test_of_equal_trials_the_first_is_taken(folder, pretend, tmp_path):
+    _, found = judged_by(["text.chair_i"], folder, pretend, tmp_path / "out")
+    assert found["plain"].values == {"low": 0.0, "same": 0.0}
     assert found["plain"].best == "low"
 
 
