@@ -118,20 +118,27 @@ class Tables:
         ]
 
     def arms(self, test: str, arms: Sequence[str], names: Sequence[str]) -> str:
+        arms = self.judged(arms, test)
+
         def lines() -> Iterator[tuple[str, list[str]]]:
             for label in names:
                 yield label, [spread(self.values(arm, test, ROWS[label])) for arm in arms]
-            seconds = [
-                f"{mean(run['train_seconds'] for run in self.runs(arm)):.0f}" for arm in arms
-            ]
-            yield "training, s", seconds
+            if len(names) == len(ROWS):
+                yield (
+                    "training, s",
+                    [f"{mean(run['train_seconds'] for run in self.runs(arm)):.0f}" for arm in arms],
+                )
 
         return rows(arms, lines())
 
+    def judged(self, arms: Sequence[str], test: str) -> list[str]:
+        """Those that have a result on a test."""
+        return [arm for arm in arms if self.values(arm, test, ROWS["pointing game"])]
+
     def styles(self) -> str:
-        name = "text.pope.adversarial.accuracy"
-        lines = ((test, [spread(self.values(arm, test, name)) for arm in ARMS]) for test in STYLES)
-        return rows(ARMS, lines, "adversarial POPE accuracy")
+        name, arms = "text.pope.adversarial.accuracy", self.judged(ARMS, STYLES[0])
+        lines = ((test, [spread(self.values(arm, test, name)) for arm in arms]) for test in STYLES)
+        return rows(arms, lines, "adversarial POPE accuracy")
 
     def differences(self, entry: str, test: str) -> str:
         def lines() -> Iterator[tuple[str, list[str]]]:
