@@ -58,7 +58,10 @@ def _kernels(library: ctypes.CDLL) -> bytes | None:
 
 def _reopen(library: ctypes.CDLL, name: str) -> None:
     """Open it anew with the best kernels for this processor: it chooses them as it is opened."""
-    best = _best_kernels(Path("/proc/cpuinfo").read_text())
+    try:
+        best = _best_kernels(Path("/proc/cpuinfo").read_text())
+    except OSError:  # hidden from this process: slow, but it works
+        return
     if best is None:
         return
     ctypes.CDLL(None).dlclose(ctypes.c_void_p(library._handle))

@@ -90,7 +90,7 @@ class Tables:
 
     def __init__(self, report: dict[str, Any]) -> None:
         self.report = report
-        known: dict[str, Callable[[], str]] = {
+        self.known: dict[str, Callable[[], str]] = {
             "arms test": lambda: self.arms("test", ARMS, tuple(ROWS)),
             "arms unbiased": lambda: self.arms("unbiased", ARMS, tuple(ROWS)),
             "few test": lambda: self.arms("test", ("concat", "cross", "guided"), FEW),
@@ -101,7 +101,6 @@ class Tables:
             "ablations test": lambda: self.differences("ablations", "test"),
             "ablations unbiased": lambda: self.differences("ablations", "unbiased"),
         }
-        self.known = known
 
     def runs(self, arm: str) -> list[dict[str, Any]]:
         """Those of an arm with the plain recipe."""
