@@ -83,7 +83,7 @@ def test_the_arms_train_as_many_parameters_on_the_same_texts():
         own = named_parameters(model)
         sizes.append(sum(own[n].size for n in trainable_names(model, recipe.stages[0])))
         recipes.append(recipe)
-    assert abs(sizes[0] / sizes[1] - 1) < 0.02
+    assert abs(sizes[0] / sizes[1] - 1) < 0.03  # ranks are whole numbers: 8 would be 6 % fewer
     guided, concat = recipes
     assert guided.data == replace(concat.data, store=guided.data.store)
     assert [s.texts for s in guided.stages] == [s.texts for s in concat.stages]
