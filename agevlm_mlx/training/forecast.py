@@ -181,6 +181,7 @@ def first_images(batch: Batch, images: int) -> Batch:
             cols=group.cols[kept],
             target=group.target[kept],
             weight=group.weight[kept] * own[kept],
+            absent=None if group.absent is None else group.absent[kept] * own[kept],
         )
 
     features = batch.sam_features
