@@ -104,6 +104,29 @@ def test_the_first_images_of_a_batch_bring_their_own_guided_rows(noise_job: Any)
         assert len(group.weight) == len(whole.weight) // 2
 
 
+def test_the_first_images_of_a_batch_bring_the_marks_of_absent_things() -> None:
+    group = replace(
+        group_of(["?a dog<Yes.", "?no<No."], packed=False),
+        rows=np.array([2, 0, 3, 1], np.int32),
+        cols=np.arange(4, dtype=np.int32),
+        target=np.ones((4, 4), np.float32),
+        weight=np.array([1, 0, 0, 1], np.float32),
+        absent=np.array([0, 1, 1, 0], np.float32),
+    )
+    two = replace(  # rows 2 and 3 are of the second image
+        group,
+        ids=np.repeat(group.ids, 2, 0),
+        labels=np.repeat(group.labels, 2, 0),
+        loss_mask=np.repeat(group.loss_mask, 2, 0),
+    )
+    (cut,) = first_images(Batch(np.zeros((2, 2, 2, 3)), (two,), None, ["0", "1"], 0), 1).groups
+    assert cut.absent is not None
+    assert list(zip(cut.rows, cut.cols, cut.weight, cut.absent, strict=True)) == [
+        (0, 1, 0, 1),
+        (1, 3, 1, 0),
+    ]
+
+
 # --- numbers -----------------------------------------------------------------------------------
 
 
