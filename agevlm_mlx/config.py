@@ -219,6 +219,9 @@ class FusionConfig:
     projector_hidden_size: int | None = None
     #: pixel_shuffle joins factor x factor neighbouring tokens into one.
     pixel_shuffle_factor: int = 2
+    #: Add to each image token where it lies: for encoders whose tokens do not tell (cross-attention
+    #: takes them as a set), as the embedded one.
+    image_positions: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -69,6 +69,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "2,6,10,14 (default: four, spread evenly)",
     )
     parser.add_argument("--projector", choices=tuple(PROJECTORS), default="mlp", help="(mlp)")
+    parser.add_argument(
+        "--image-positions",
+        action="store_true",
+        help="add to each image token where it lies, for encoders whose tokens do not tell "
+        "('shipped')",
+    )
     parser.add_argument("--gated-mlp", action="store_true", help="a gated MLP in each block, too")
     parser.add_argument(
         "--gate-init",
@@ -107,6 +113,7 @@ def fusion_config(args: argparse.Namespace) -> FusionConfig:
         fusion=args.fusion,
         layers=layers,
         projector=args.projector,
+        image_positions=args.image_positions,
         gate_init=args.gate_init,
         gated_mlp=args.gated_mlp,
     )

@@ -126,7 +126,11 @@ def concat_model(folder: Path) -> Path:
     """The shipped tokenizer and encoder with a small concat model of random weights."""
     base = load(shipped("model"))
     config = to_dict(base.model.config)
-    config["fusion_config"] = {"fusion": "concat", "projector": "pixel_shuffle"}
+    config["fusion_config"] = {
+        "fusion": "concat",
+        "projector": "pixel_shuffle",
+        "image_positions": True,
+    }
     # No other ids than the tokenizer's, which mlx-vlm's detokenizer would fail on.
     config["text_config"]["vocab_size"] = len(base.tokenizer.get_vocab())
     mx.random.seed(3)

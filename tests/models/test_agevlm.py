@@ -18,6 +18,7 @@ from agevlm_mlx.config import FusionConfig, ModelConfig
 from agevlm_mlx.errors import UserError
 from agevlm_mlx.models.agevlm import AgeVLM
 from agevlm_mlx.models.graft import build_language_model, cross_layers
+from agevlm_mlx.models.projector import sincos_positions
 
 VOCAB = 100
 TOLERANCE = 2e-5  # fp32, different order of summation
@@ -306,6 +307,33 @@ def test_pixel_shuffle_keeps_neighbours_together():
     z_vis[0, 4 * 2 + 3] = 1.0  # row 2, column 3 of the 4x4 grid
     changed = mx.abs(model.project(z_vis)).sum(axis=-1)[0]
     assert np.flatnonzero(np.array(changed) > 0).tolist() == [3]  # row 1, column 1 of 2x2
+
+
+@pytest.mark.parametrize("projector", ["linear", "mlp", "pixel_shuffle"])
+def test_equal_tokens_tell_where_they_are_only_with_positions(projector):
+    z_vis = mx.broadcast_to(mx.random.normal((2, 1, 24)), (2, 16, 24))  # all cells look the same
+    for positions in (False, True):
+        model = build(projector=projector, image_positions=positions)
+        names = [name for name, _ in tree_flatten(model.multi_modal_projector.parameters())]
+        assert ("position_proj.weight" in names) == positions
+        z_img = np.array(model.project(z_vis))
+        for one in z_img:
+            assert len(np.unique(one.round(5), axis=0)) == (len(one) if positions else 1)
+        difference = z_img - z_img[:, :1]  # positions are the same in every picture
+        np.testing.assert_allclose(difference[0], difference[1], atol=1e-5)
+
+
+def test_positions_mean_the_same_on_every_grid():
+    rows, columns = np.split(np.array(sincos_positions((3, 6))).reshape(3, 6, 16), 2, axis=-1)
+    assert np.all(rows == rows[:, :1])
+    assert np.all(columns == columns[:1])
+    other = np.array(sincos_positions((9, 2))).reshape(9, 2, 16)
+    np.testing.assert_allclose(other[1::3, 0, :8], rows[:, 0], atol=1e-6)  # middles of thirds
+    # The first wave runs from one side to the other: its cosine tells left from right.
+    assert np.all(np.diff(columns[0, :, 4]) < 0)
+    np.testing.assert_allclose(
+        columns[0, :, 4], np.cos(np.pi * (np.arange(6) + 0.5) / 6), atol=1e-6
+    )
 
 
 def test_default_placement_is_the_papers():
