@@ -125,7 +125,7 @@ def cautious_threshold(kinds: dict[str, list[Word]], wrong: float = 0.05) -> flo
     return min(float(np.quantile(split(words)[0], wrong)) for words in kinds.values())
 
 
-def report(words: list[Word], images: int, thresholds: tuple[float, ...]) -> None:
+def report(words: list[Word], images: int, thresholds: list[float]) -> None:
     """AUROC of each number, and what each threshold flags, with intervals."""
     draws = metrics.image_draws(images)
     there = np.array([w.there for w in words])
@@ -164,14 +164,17 @@ def main() -> None:
     cautious = cautious_threshold(choosing)
     print(f"at most 5 % of present nouns below: {cautious:.3f}; the package has {NOT_GROUNDED}")
     for kind, about in KINDS.items():
-        threshold, gain = best_threshold(choosing[kind])
         counts = [sum(w.there == t for w in choosing[kind]) for t in (True, False)]
         print(f"{about}\n chosen on {len(val.items)} scenes: {counts[0]} there, {counts[1]} not")
-        print(f"  threshold {threshold:.3f}, Youden's J {gain:.3f}")
+        thresholds = [NOT_GROUNDED]
+        if all(counts):
+            threshold, gain = best_threshold(choosing[kind])
+            print(f"  threshold {threshold:.3f}, Youden's J {gain:.3f}")
+            thresholds.insert(0, threshold)
         words = reporting[kind]
         counts = [sum(w.there == t for w in words) for t in (True, False)]
         print(f" on {len(test.items)} other scenes: {counts[0]} there, {counts[1]} not")
-        report(words, len(test.items), (threshold, NOT_GROUNDED))
+        report(words, len(test.items), thresholds)
 
 
 if __name__ == "__main__":
