@@ -48,6 +48,17 @@ FEW = (
     "CHAIR_i at recall .60, surest nouns",
     "... nouns best confirmed when asked for",
 )
+#: Of the runs with fewer pictures and longer training.
+SIZED = (
+    "adversarial POPE accuracy",
+    "pointing game",
+    "matching AUROC, one noun exchanged, by likelihood",
+    "CHAIR_i of captions as they come",
+    "... objects named",
+    "... nouns best confirmed when asked for",
+)
+PICTURES = {"tenth": "400", "third": "1,333", "base": "4,000"}
+LENGTHS = {"1x": "300 steps", "3x": "900"}
 #: Columns of the paired differences.
 PAIRED = {
     "adversarial POPE": "text.pope.adversarial.accuracy",
@@ -67,6 +78,7 @@ FIGURES = {
     "differences-ablations-test": "ablations-test",
     "sizes-sizes-test": "sizes-test",
     "sizes-sizes-unbiased": "sizes-unbiased",
+    "differences-late-unbiased-again": "late-unbiased",
 }
 
 
@@ -96,24 +108,30 @@ class Tables:
             "few test": lambda: self.arms("test", ("concat", "cross", "guided"), FEW),
             "few unbiased": lambda: self.arms("unbiased", ("concat", "cross", "guided"), FEW),
             "styles": self.styles,
+            "sizes test": lambda: self.sizes("test"),
+            "sizes unbiased": lambda: self.sizes("unbiased"),
             "differences test": lambda: self.differences("main", "test"),
             "differences unbiased": lambda: self.differences("main", "unbiased"),
             "ablations test": lambda: self.differences("ablations", "test"),
             "ablations unbiased": lambda: self.differences("ablations", "unbiased"),
+            "late test": lambda: self.differences("late", "test-again"),
+            "late unbiased": lambda: self.differences("late", "unbiased-again"),
         }
 
-    def runs(self, arm: str) -> list[dict[str, Any]]:
-        """Those of an arm with the plain recipe."""
+    def runs(self, arm: str, vary: str = "base", length: str = "1x") -> list[dict[str, Any]]:
+        """Those of an arm, unless told otherwise with the plain recipe."""
         return [
             run
             for run in self.report["runs"].values()
-            if (run["arm"], run["vary"], run["length"]) == (arm, "base", "1x")
+            if (run["arm"], run["vary"], run["length"]) == (arm, vary, length)
             and "tuning" not in run["tests"]
         ]
 
-    def values(self, arm: str, test: str, name: str) -> list[float]:
+    def values(self, arm: str, test: str, name: str, *which: str) -> list[float]:
         return [
-            run["tests"][test][name] for run in self.runs(arm) if name in run["tests"].get(test, {})
+            run["tests"][test][name]
+            for run in self.runs(arm, *which)
+            if name in run["tests"].get(test, {})
         ]
 
     def arms(self, test: str, arms: Sequence[str], names: Sequence[str]) -> str:
@@ -138,6 +156,19 @@ class Tables:
         name, arms = "text.pope.adversarial.accuracy", self.judged(ARMS, STYLES[0])
         lines = ((test, [spread(self.values(arm, test, name)) for arm in arms]) for test in STYLES)
         return rows(arms, lines, "adversarial POPE accuracy")
+
+    def sizes(self, test: str) -> str:
+        """Pictures x steps; the mean over seeds, as the spread would hide the pattern."""
+        which = [(vary, length) for length in LENGTHS for vary in PICTURES]
+
+        def lines() -> Iterator[tuple[str, list[str]]]:
+            for label in SIZED:
+                for arm in ("concat", "cross", "guided"):
+                    found = [self.values(arm, test, ROWS[label], *one) for one in which]
+                    yield f"{label}: {arm}", [f"{mean(v):.3f}" if v else "-" for v in found]
+
+        heads = [f"{PICTURES[vary]} pictures, {LENGTHS[length]}" for vary, length in which]
+        return rows(heads, lines())
 
     def differences(self, entry: str, test: str) -> str:
         def lines() -> Iterator[tuple[str, list[str]]]:
